@@ -1,0 +1,137 @@
+"""Word error rate of an unheard speaker before and after personalisation, each speaker in turn.
+
+    python -m benchmarks.personalization --dataset fsdd --output_dir outputs/personalization
+
+For each speaker: a base trained without that speaker, then an adapter from 5, 10, 30 and 60 seconds of the speaker's
+training recordings, tested on the speaker's test recordings, and on the base speakers' with the adapter on.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.results_file import store_result
+from data.corpora import load_corpus
+from recipes.report import format_table
+
+SECONDS = (5, 10, 30, 60)
+LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml"]
+
+
+def run_recipe(name: str, config: str, **flags: object) -> None:
+    """Runs a recipe as a user would; what it prints goes to the terminal."""
+    tokens = [token for key, value in flags.items() for token in (f"--{key}", *map(str, _as_list(value)))]
+    config_tokens = ["--config", f"recipes/configs/{config}.yaml"] if config else []
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH[2:]]
+    subprocess.run([*launcher, f"recipes/{name}.py", *config_tokens, *tokens], check=True)
+
+
+def _as_list(value: object) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def read_json(path: Path) -> dict:
+    """Returns the content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def measure_speaker(dataset: str, speaker: str, others: list[str], folder: Path) -> list[dict]:
+    """Trains a base without `speaker` and adapters for `speaker`; returns one row a number of seconds."""
+    base = folder / f"base_without_{speaker}"
+    if not (base / "eval_results.json").exists():
+        run_recipe("train_ctc", "train_ctc_fsdd", dataset=dataset, exclude_speakers=speaker, output_dir=base)
+    base_results = read_json(base / "eval_results.json")
+    rows = []
+    for seconds in SECONDS:
+        output = folder / f"{speaker}_{seconds}s"
+        if not (output / "eval_results.json").exists():
+            run_recipe(
+                "personalize",
+                "personalize_fsdd",
+                model_name_or_path=base,
+                dataset=dataset,
+                speaker_id=speaker,
+                max_train_seconds=seconds,
+                output_dir=output,
+            )
+        others_file = output / "base_speakers.json"
+        if not others_file.exists():
+            run_recipe(
+                "evaluate_asr",
+                "",
+                model_name_or_path=base,
+                adapter=output,
+                dataset=dataset,
+                speaker_id=others,
+                concatenate_max=4,
+                output_file=others_file,
+            )
+        rows.append(
+            {
+                "speaker": speaker,
+                "seconds": seconds,
+                **read_json(output / "eval_results.json"),
+                "base_train_seconds": base_results["train_runtime"],
+                "others_base_wer": base_results["eval_wer"],
+                "others_wer": read_json(others_file)["overall"]["wer"],
+            }
+        )
+    return rows
+
+
+def reduction(row: dict) -> float:
+    """Returns the relative reduction of the word error rate."""
+    return 1 - row["eval_wer"] / row["base_wer"]
+
+
+def summarize(rows: list[dict]) -> str:
+    """Returns the table of README: one line a number of seconds, averaged over speakers, then one line a speaker."""
+    lines = []
+    for seconds in SECONDS:
+        group = [row for row in rows if row["seconds"] == seconds]
+        lines.append(
+            {
+                "seconds of speech": f"{mean(row['train_seconds'] for row in group):.1f}",
+                "WER before": f"{mean(row['base_wer'] for row in group):.1%}",
+                "WER after": f"{mean(row['eval_wer'] for row in group):.1%}",
+                "relative reduction": f"{mean(map(reduction, group)):.1%}",
+                "base speakers' WER, adapter off": f"{mean(row['others_base_wer'] for row in group):.1%}",
+                "adapter on": f"{mean(row['others_wer'] for row in group):.1%}",
+                "training": f"{mean(row['train_runtime'] for row in group):.0f} s",
+            }
+        )
+    speakers = [
+        {
+            "speaker": speaker,
+            "WER before": f"{group[0]['base_wer']:.1%}",
+            **{f"{row['seconds']} s": f"{row['eval_wer']:.1%} (-{reduction(row):.0%})" for row in group},
+            "adapter share": f"{group[0]['trainable_parameters'] / group[0]['total_parameters']:.2%}",
+            "base training": f"{group[0]['base_train_seconds'] / 60:.1f} min",
+        }
+        for speaker in dict.fromkeys(row["speaker"] for row in rows)
+        if (group := [row for row in rows if row["speaker"] == speaker])
+    ]
+    return f"{format_table(lines)}\n\n{format_table(speakers)}"
+
+
+def main() -> None:
+    """Runs the benchmark; what an earlier run has finished is not run again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="Folder written by `python -m data.prepare_fsdd`.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Where bases and adapters go.")
+    arguments = parser.parse_args()
+    speakers = sorted(set(load_corpus(arguments.dataset, split="test")["speaker_id"]))
+    rows = []
+    for speaker in speakers:
+        others = [other for other in speakers if other != speaker]
+        rows += measure_speaker(arguments.dataset, speaker, others, arguments.output_dir)
+    table = summarize(rows)
+    print(table)
+    store_result("personalization_fsdd", rows, table)
+
+
+if __name__ == "__main__":
+    main()

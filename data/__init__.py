@@ -1,0 +1,1 @@
+"""From audio on disk or on the Hub to batches."""

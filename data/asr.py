@@ -1,0 +1,289 @@
+"""Utterances for recognition: clips decoded once, joined, augmented and turned into features when a batch is made."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import librosa
+import numpy as np
+import torch
+from datasets import Dataset
+
+from .audio import AudioError, read_audio
+from .text import check_characters, normalize_text
+
+logger = logging.getLogger(__name__)
+
+# Above this share of utterances that CTC cannot align, the corpus is wrong rather than a few of its rows.
+MAX_INFEASIBLE_SHARE = 0.05
+# Utterances named in a message before it says how many more there are.
+NUM_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """
+    What is done to a training utterance, drawn anew each epoch; a recipe's flags. The defaults do nothing.
+
+    Raises:
+        ValueError: The speeds are not positive or out of order, or a count is negative.
+
+    Source: Ko et al., "Audio Augmentation for Speech Recognition" (2015); Park et al., SpecAugment (arXiv 1904.08779).
+    """
+
+    min_speed: float = field(default=1.0, metadata={"help": "Slowest speed perturbation; changes tempo and pitch."})
+    max_speed: float = field(default=1.0, metadata={"help": "Fastest speed perturbation."})
+    num_time_masks: int = field(default=0, metadata={"help": "SpecAugment: spans of frames set to the mean."})
+    max_time_mask_frames: int = field(
+        default=10, metadata={"help": "SpecAugment: longest span, 10 ms a frame, at most a tenth of the utterance."}
+    )
+    num_mel_masks: int = field(default=0, metadata={"help": "SpecAugment: bands of mel bins set to the mean."})
+    max_mel_mask_bins: int = field(default=10, metadata={"help": "SpecAugment: widest band."})
+
+    def __post_init__(self):
+        if not 0 < self.min_speed <= self.max_speed:
+            raise ValueError(
+                f"`min_speed` must be positive and at most `max_speed`, got {self.min_speed} and {self.max_speed}."
+            )
+        for name in ("num_time_masks", "max_time_mask_frames", "num_mel_masks", "max_mel_mask_bins"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+
+    def change_speed(self, samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Returns `samples` `(samples,)` at a random speed."""
+        if self.min_speed == self.max_speed == 1.0:
+            return samples
+        # Resampling takes whole rates: a step of 1 % of speed is 100 Hz of 10 kHz.
+        rate = round(10_000 / generator.uniform(self.min_speed, self.max_speed))
+        return librosa.resample(samples, orig_sr=10_000, target_sr=rate, res_type="soxr_qq")
+
+    def mask(self, features: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+        """Returns normalised `features` `(frames, mel)` with random spans and bands set to 0, their mean."""
+        features = features.clone()
+        num_frames, num_bins = features.shape
+        longest = min(self.max_time_mask_frames, num_frames // 10)
+        for _ in range(self.num_time_masks):
+            start, size = _draw_span(num_frames, longest, generator)
+            features[start : start + size] = 0.0
+        for _ in range(self.num_mel_masks):
+            start, size = _draw_span(num_bins, self.max_mel_mask_bins, generator)
+            features[:, start : start + size] = 0.0
+        return features
+
+
+def _draw_span(total: int, longest: int, generator: np.random.Generator) -> tuple[int, int]:
+    size = int(generator.integers(0, min(longest, total) + 1))
+    return int(generator.integers(0, total - size + 1)), size
+
+
+def decode_clips(corpus: Dataset, processor, *, samples_per_logit: int, max_speed: float = 1.0) -> Dataset:
+    """
+    Reads and checks every clip of `corpus` once; the result is cached by the fingerprint of corpus and settings.
+
+    Args:
+        corpus: Columns `audio` (undecoded), `text` and optionally `speaker_id`, as from [`load_corpus`].
+        processor: Feature extractor and CTC tokenizer of the model.
+        samples_per_logit: Samples of audio a frame of logits (`config.inputs_to_logits_ratio`).
+        max_speed: Fastest speed perturbation that the clips must still be long enough for.
+
+    Returns:
+        Columns `name`, `speaker_id`, `text` (normalised), `labels` and `samples` `(samples,)`.
+
+    Raises:
+        AudioError: A clip is unreadable, empty, silent or too short.
+        ValueError: A transcript has characters outside the vocabulary, or more than 5 % of the transcripts need more
+            frames than their audio has. Fewer of them are dropped, counted and named in a warning.
+    """
+    tokenizer = processor.tokenizer
+    texts = [normalize_text(text) for text in corpus["text"]]
+    check_characters(texts, tokenizer.get_vocab(), text_unit=find_text_unit(tokenizer), name="text")
+    names = [clip["path"] or f"row {row}" for row, clip in enumerate(corpus["audio"])]
+    speakers = corpus["speaker_id"] if "speaker_id" in corpus.column_names else [""] * len(corpus)
+    table = corpus.select_columns(["audio"]).map(
+        read_clip,
+        remove_columns=["audio"],
+        fn_kwargs={"sampling_rate": processor.feature_extractor.sampling_rate},
+        desc="reading audio",
+    )
+    labels = tokenizer(texts).input_ids
+    for column, values in (("name", names), ("speaker_id", list(speakers)), ("text", texts), ("labels", labels)):
+        table = table.add_column(column, values)
+    return drop_infeasible(table, samples_per_logit=samples_per_logit, max_speed=max_speed)
+
+
+def read_clip(row: dict, *, sampling_rate: int) -> dict:
+    """Returns a corpus row's `samples` `(samples,)` at `sampling_rate` Hz and their number."""
+    samples = read_audio(row["audio"], sampling_rate=sampling_rate)
+    return {"samples": samples, "num_samples": len(samples)}
+
+
+def find_text_unit(tokenizer) -> str:
+    """Returns "jamo" for a tokenizer that spells Hangul syllables, else "character"."""
+    return "jamo" if type(tokenizer).__name__ == "JamoCTCTokenizer" else "character"
+
+
+def count_ctc_frames(labels: Sequence[int]) -> int:
+    """Returns the frames that CTC needs for `labels`: one a label, and a blank between two equal ones."""
+    return len(labels) + sum(left == right for left, right in zip(labels, labels[1:], strict=False))
+
+
+def drop_infeasible(table: Dataset, *, samples_per_logit: int, max_speed: float = 1.0) -> Dataset:
+    """
+    Drops rows whose `labels` need more frames than `num_samples` give, and says which.
+
+    Raises:
+        ValueError: They are more than 5 % of the rows.
+    """
+    needed = [count_ctc_frames(labels) for labels in table["labels"]]
+    there = [int(samples / max_speed) // samples_per_logit + 1 for samples in table["num_samples"]]
+    bad = [row for row in range(len(table)) if needed[row] > there[row]]
+    if not bad:
+        return table
+    named = "; ".join(
+        f"{table[row]['name']} ({needed[row]} frames needed, {there[row]} there)" for row in bad[:NUM_NAMED]
+    )
+    message = (
+        f"{len(bad)} of {len(table)} utterances have transcripts longer than their audio for CTC: {named}"
+        f"{f' and {len(bad) - NUM_NAMED} more' if len(bad) > NUM_NAMED else ''}."
+    )
+    if len(bad) > MAX_INFEASIBLE_SHARE * len(table):
+        raise ValueError(f"{message} Check that column `text` belongs to column `audio`.")
+    logger.warning("%s They are left out.", message)
+    return table.select(sorted(set(range(len(table))) - set(bad)))
+
+
+def join_clips(
+    speaker_ids: Sequence[str], *, minimum: int, maximum: int, seed: int, order_seed: int | None = None
+) -> list[list[int]]:
+    """
+    Groups rows of one speaker into utterances of `minimum` to `maximum` clips; every row is in one group.
+
+    Args:
+        speaker_ids: The speaker of each row.
+        minimum: Fewest clips of an utterance; a speaker's last one may have fewer.
+        maximum: Most clips.
+        seed: Draws the sizes, so that their number is the same for every `order_seed`.
+        order_seed: Draws which clips come together; default `seed`.
+
+    Raises:
+        ValueError: `minimum` is below 1 or above `maximum`.
+
+    Example:
+
+    ```python
+    >>> from data.asr import join_clips
+
+    >>> join_clips(["a", "a", "b"], minimum=1, maximum=1, seed=0)
+    [[0], [1], [2]]
+
+    ```
+    """
+    if not 1 <= minimum <= maximum:
+        raise ValueError(
+            f"`concatenate_min` must be at least 1 and at most `concatenate_max`, got {minimum} and {maximum}."
+        )
+    if maximum == 1:
+        return [[row] for row in range(len(speaker_ids))]
+    sizes = np.random.default_rng(seed)
+    order = np.random.default_rng([seed if order_seed is None else order_seed, 1])
+    groups = []
+    for speaker_id in sorted(set(speaker_ids)):
+        rows = [row for row, other in enumerate(speaker_ids) if other == speaker_id]
+        rows = order.permutation(rows).tolist()
+        while rows:
+            size = int(sizes.integers(minimum, maximum + 1))
+            groups.append(rows[:size])
+            rows = rows[size:]
+    return groups
+
+
+class UtteranceDataset(torch.utils.data.Dataset):
+    """
+    Utterances made of decoded clips: joined, augmented, with features, each determined by seed, epoch and index.
+
+    Without randomness of its own, a resumed training sees what the uninterrupted one would have seen.
+
+    Args:
+        clips: From [`decode_clips`].
+        processor: Feature extractor and CTC tokenizer of the model.
+        concatenate: Fewest and most clips of one speaker in an utterance.
+        augmentation: For training; also draws each epoch which clips come together.
+        seed: Of everything drawn.
+    """
+
+    def __init__(
+        self,
+        clips: Dataset,
+        processor,
+        *,
+        concatenate: tuple[int, int] = (1, 1),
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ):
+        self.clips = clips.with_format("numpy", columns=["samples"], output_all_columns=True)
+        self.processor, self.augmentation, self.concatenate, self.seed = processor, augmentation, concatenate, seed
+        if not len(clips):
+            raise ValueError("`dataset` must have at least one usable utterance, got none.")
+        if concatenate[1] > 1 and not all(clips["speaker_id"]):
+            raise ValueError(
+                "`concatenate_max` above 1 joins clips of one speaker and needs a column `speaker_id`, got none."
+            )
+        self.speaker_ids = list(clips["speaker_id"])
+        self.texts = list(clips["text"])
+        self.num_samples = list(clips["num_samples"])
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the utterances of an epoch; the Trainer calls it. Without augmentation every epoch is the same."""
+        self.epoch = epoch if self.augmentation else 0
+        minimum, maximum = self.concatenate
+        self.groups = join_clips(
+            self.speaker_ids, minimum=minimum, maximum=maximum, seed=self.seed, order_seed=self.seed + self.epoch
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Samples of every utterance, for batches of similar length."""
+        return [sum(self.num_samples[row] for row in group) for group in self.groups]
+
+    @property
+    def speakers(self) -> list[str]:
+        """The speaker of every utterance."""
+        return [self.speaker_ids[group[0]] for group in self.groups]
+
+    @property
+    def references(self) -> list[str]:
+        """The transcript of every utterance."""
+        return [" ".join(self.texts[row] for row in group) for group in self.groups]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of speech in one epoch."""
+        return sum(self.num_samples) / self.processor.feature_extractor.sampling_rate
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> dict:
+        """Returns `input_features` `(frames, mel)` and `labels` `(tokens,)` of one utterance."""
+        generator = np.random.default_rng([self.seed, self.epoch, index])
+        samples = [self.clips[row]["samples"] for row in self.groups[index]]
+        if self.augmentation:
+            samples = [self.augmentation.change_speed(clip, generator) for clip in samples]
+        extractor = self.processor.feature_extractor
+        features = extractor.normalize(extractor.log_mel(np.concatenate(samples)))
+        if self.augmentation:
+            features = self.augmentation.mask(features, generator)
+        reference = " ".join(self.texts[row] for row in self.groups[index])
+        return {"input_features": features.numpy(), "labels": self.processor.tokenizer(reference).input_ids}
+
+
+__all__ = [
+    "AudioError",
+    "Augmentation",
+    "UtteranceDataset",
+    "count_ctc_frames",
+    "decode_clips",
+    "drop_infeasible",
+    "join_clips",
+]

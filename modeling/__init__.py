@@ -1,0 +1,34 @@
+"""Models and adapters; importing this package registers them with the Auto classes."""
+
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoProcessor, AutoTokenizer
+
+from .adapters import SpeechAdapterConfig, adapter_rows, save_adapter
+from .configuration_deepspeech2 import DeepSpeech2Config
+from .feature_extraction_deepspeech2 import DeepSpeech2FeatureExtractor
+from .modeling_deepspeech2 import DeepSpeech2ForCTC
+from .processing_deepspeech2 import DeepSpeech2Processor
+from .tokenization_deepspeech2 import JamoCTCTokenizer
+
+__all__ = [
+    "DeepSpeech2Config",
+    "DeepSpeech2FeatureExtractor",
+    "DeepSpeech2ForCTC",
+    "DeepSpeech2Processor",
+    "JamoCTCTokenizer",
+    "SpeechAdapterConfig",
+    "adapter_rows",
+    "save_adapter",
+]
+
+AutoConfig.register(DeepSpeech2Config.model_type, DeepSpeech2Config, exist_ok=True)
+AutoModelForCTC.register(DeepSpeech2Config, DeepSpeech2ForCTC, exist_ok=True)
+AutoFeatureExtractor.register(DeepSpeech2Config, DeepSpeech2FeatureExtractor, exist_ok=True)
+AutoProcessor.register(DeepSpeech2Config, DeepSpeech2Processor, exist_ok=True)
+AutoTokenizer.register(DeepSpeech2Config, slow_tokenizer_class=JamoCTCTokenizer, exist_ok=True)
+
+# The same classes travel with a checkpoint to the Hub.
+DeepSpeech2Config.register_for_auto_class()
+DeepSpeech2ForCTC.register_for_auto_class("AutoModelForCTC")
+DeepSpeech2FeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
+DeepSpeech2Processor.register_for_auto_class("AutoProcessor")
+JamoCTCTokenizer.register_for_auto_class("AutoTokenizer")

@@ -1,0 +1,135 @@
+"""Log-mel features of DeepSpeech2."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import BatchFeature, SequenceFeatureExtractor
+from transformers.audio_utils import mel_filter_bank
+
+# Power below which a mel band counts as silence (-100 dB of full scale), so that the logarithm is finite.
+POWER_FLOOR = 1e-10
+# Standard deviations below it are digital silence; dividing by them would blow rounding errors up.
+DEVIATION_FLOOR = 1e-5
+
+
+class DeepSpeech2FeatureExtractor(SequenceFeatureExtractor):
+    r"""
+    Turns audio into normalised log-mel features `(batch, frames, mel)`, one frame each 10 ms.
+
+    Args:
+        feature_size (`int`): Mel bins.
+        sampling_rate (`int`): Rate of the audio in Hz.
+        hop_length (`int`): Samples between frames (160 is 10 ms at 16 kHz).
+        win_length (`int`): Samples of the Hann window (320 is 20 ms at 16 kHz).
+        n_fft (`int`): Samples of the Fourier transform.
+        normalization (`str`): `"utterance"` (one mean and deviation over the whole utterance, as KoSpeech) or `"bin"`
+            (one for each mel bin, which also removes a constant channel).
+        padding_value (`float`): Value of frames beyond an utterance's end.
+    """
+
+    model_input_names = ["input_features", "attention_mask"]
+
+    def __init__(
+        self,
+        feature_size: int = 80,
+        sampling_rate: int = 16_000,
+        hop_length: int = 160,
+        win_length: int = 320,
+        n_fft: int = 512,
+        normalization: str = "utterance",
+        padding_value: float = 0.0,
+        return_attention_mask: bool = True,
+        **kwargs,
+    ):
+        super().__init__(
+            feature_size=feature_size,
+            sampling_rate=sampling_rate,
+            padding_value=padding_value,
+            return_attention_mask=return_attention_mask,
+            **kwargs,
+        )
+        if normalization not in ("utterance", "bin"):
+            raise ValueError(f'`normalization` must be "utterance" or "bin", got {normalization!r}.')
+        if not 0 < win_length <= n_fft:
+            raise ValueError(f"`win_length` must be from 1 to `n_fft` ({n_fft}), got {win_length}.")
+        self.hop_length, self.win_length, self.n_fft = hop_length, win_length, n_fft
+        self.normalization = normalization
+        self.mel_filters = mel_filter_bank(
+            num_frequency_bins=n_fft // 2 + 1,
+            num_mel_filters=feature_size,
+            min_frequency=0.0,
+            max_frequency=sampling_rate / 2,
+            sampling_rate=sampling_rate,
+            norm="slaney",
+            mel_scale="slaney",
+        ).astype(np.float32)  # (n_fft / 2 + 1, mel)
+
+    def get_num_frames(self, num_samples: int) -> int:
+        """Frames of `num_samples` samples: one at each multiple of the hop, the ends included."""
+        return num_samples // self.hop_length + 1
+
+    def log_mel(self, samples: np.ndarray) -> torch.Tensor:
+        """Returns log-mel energies `(frames, mel)` of `samples` `(samples,)`, before normalisation."""
+        waveform = torch.as_tensor(np.ascontiguousarray(samples, dtype=np.float32))
+        spectrum = torch.stft(
+            waveform,
+            self.n_fft,
+            self.hop_length,
+            self.win_length,
+            window=torch.hann_window(self.win_length),
+            pad_mode="constant",
+            return_complex=True,
+        )
+        power = torch.view_as_real(spectrum).square().sum(-1)  # (n_fft / 2 + 1, frames)
+        return (power.T @ torch.from_numpy(self.mel_filters)).clamp_(min=POWER_FLOOR).log_()
+
+    def normalize(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns `features` `(frames, mel)` with mean 0 and deviation 1 over the utterance, or over each bin."""
+        dim = 0 if self.normalization == "bin" else (0, 1)
+        deviation, mean = torch.std_mean(features, dim=dim, keepdim=True, correction=0)
+        return (features - mean) / deviation.clamp(min=DEVIATION_FLOOR)
+
+    def __call__(
+        self,
+        raw_speech: np.ndarray | Sequence[float] | Sequence[np.ndarray] | Sequence[Sequence[float]],
+        *,
+        sampling_rate: int | None = None,
+        padding: bool | str = True,
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            raw_speech: One utterance `(samples,)` or a batch of them.
+            sampling_rate: Rate of `raw_speech` in Hz.
+            padding: As in [`SequenceFeatureExtractor.pad`].
+            return_tensors: `"pt"` or `"np"`.
+
+        Returns:
+            `input_features` `(batch, frames, mel)` and `attention_mask` `(batch, frames)`.
+
+        Raises:
+            ValueError: `sampling_rate` is not the extractor's, or an utterance is empty, not finite or has more than
+                one channel.
+        """
+        if sampling_rate is not None and sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"`sampling_rate` must be {self.sampling_rate}, got {sampling_rate}. Resample the audio first."
+            )
+        is_batch = isinstance(raw_speech, (list, tuple)) and not np.isscalar(raw_speech[0])
+        utterances = [np.asarray(row, dtype=np.float32) for row in (raw_speech if is_batch else [raw_speech])]
+        for row, samples in enumerate(utterances):
+            if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
+                raise ValueError(
+                    f"`raw_speech` must be finite samples of one channel, got shape {samples.shape} in row {row}"
+                    f"{'' if np.isfinite(samples).all() else ' with NaN or infinite values'}."
+                )
+        features = [self.normalize(self.log_mel(samples)).numpy() for samples in utterances]
+        return self.pad(
+            BatchFeature({"input_features": features}), padding=padding, return_tensors=return_tensors, **kwargs
+        )
+
+    def to_dict(self) -> dict:
+        """Leaves out the mel filters, which follow from the other settings."""
+        return {key: value for key, value in super().to_dict().items() if key != "mel_filters"}

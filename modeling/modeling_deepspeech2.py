@@ -1,0 +1,304 @@
+"""DeepSpeech2 with CTC: two convolutions, bidirectional recurrent layers, one linear classifier.
+
+Source: Amodei et al., "Deep Speech 2" (arXiv 1512.02595), in the layout of KoSpeech, whose checkpoints convert.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .adapters import SpeechAdapterMixin, adapters_off, find_active_adapters, is_adapter_parameter
+from .configuration_deepspeech2 import DeepSpeech2Config
+from .recurrence import run_bidirectional_gru
+
+# Logit of every class but the blank on frames that are padding: argmax gives blank there, and exp underflows to 0.
+PADDED_LOGIT = -1e4
+
+
+@dataclass
+class DeepSpeech2CTCOutput(ModelOutput):
+    """
+    Output of [`DeepSpeech2ForCTC`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): CTC loss in fp32, when `labels` are given.
+        logits (`torch.Tensor` of shape `(batch, frames, vocab_size)`): Scores before the softmax, adapter included.
+            Beyond an utterance's end the blank is certain.
+        logits_lengths (`torch.Tensor` of shape `(batch,)`): Frames of `logits` that are not padding, 20 ms each.
+        base_logits (`torch.Tensor` of shape `(batch, frames, vocab_size)`): Scores of the base alone, when an adapter
+            is active.
+        hidden_states (`tuple[torch.Tensor]`): Output of the convolutions and of each recurrent layer, adapters
+            included, each `(batch, frames, hidden)`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    logits_lengths: torch.LongTensor | None = None
+    base_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+def mask_frames(hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Zeroes `hidden_states` `(batch, ..., frames)` beyond `lengths` `(batch,)` frames."""
+    is_frame = torch.arange(hidden_states.shape[-1], device=hidden_states.device) < lengths.to(
+        hidden_states.device
+    ).unsqueeze(1)  # (batch, frames)
+    return hidden_states * is_frame.view(len(lengths), *[1] * (hidden_states.dim() - 2), -1)
+
+
+class DeepSpeech2Convolutions(nn.Module):
+    """Halves the frames and quarters the bins; after every step, frames beyond the utterance are zeroed."""
+
+    def __init__(self, config: DeepSpeech2Config):
+        super().__init__()
+        channels = config.conv_channels
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(1, channels, kernel_size=(41, 11), stride=(2, 2), padding=(20, 5), bias=False),
+                nn.BatchNorm2d(channels),
+                nn.Hardtanh(0, 20),
+                nn.Conv2d(channels, channels, kernel_size=(21, 11), stride=(2, 1), padding=(10, 5), bias=False),
+                nn.BatchNorm2d(channels),
+                nn.Hardtanh(0, 20),
+            ]
+        )
+        # Bins after strides of 2 and 2, with "same" padding: 80 -> 40 -> 20.
+        self.out_features = channels * -(-(-(-config.num_mel_bins // 2)) // 2)
+
+    def forward(self, input_features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        hidden_states = input_features.transpose(1, 2).unsqueeze(1)  # (batch, 1, mel, frames)
+        for layer in self.layers:
+            hidden_states = mask_frames(layer(hidden_states), lengths)  # (batch, channels, bins, frames)
+        return hidden_states.flatten(1, 2).transpose(1, 2)  # (batch, frames, channels * bins)
+
+    @staticmethod
+    def get_output_lengths(input_lengths: torch.Tensor) -> torch.Tensor:
+        """Frames after the convolutions; only the first one has a stride in time."""
+        return (input_lengths + 2 * 5 - 11) // 2 + 1
+
+
+class DeepSpeech2RNNLayer(nn.Module):
+    """BatchNorm and ReLU over real frames only, then one bidirectional GRU; padding comes out as zeros."""
+
+    def __init__(self, in_features: int, hidden_size: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, 2 * hidden_size
+        self.batch_norm = nn.BatchNorm1d(in_features)
+        self.rnn = nn.GRU(in_features, hidden_size, batch_first=True, bidirectional=True)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = pack_padded_sequence(hidden_states, lengths, batch_first=True, enforce_sorted=False)
+        frames = torch.relu(self.batch_norm(packed.data))  # (frames of the batch, in_features)
+        packed = PackedSequence(frames, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        num_frames = hidden_states.shape[1]
+        if hidden_states.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            padded, _ = pad_packed_sequence(packed, batch_first=True, total_length=num_frames)
+            return run_bidirectional_gru(self.rnn, padded, lengths)
+        packed, _ = self.rnn(packed)
+        return pad_packed_sequence(packed, batch_first=True, total_length=num_frames)[0]
+
+
+class DeepSpeech2Classifier(nn.Sequential):
+    """LayerNorm and a linear map without bias; adapters at the classifier wrap it."""
+
+    def __init__(self, in_features: int, vocab_size: int):
+        super().__init__(nn.LayerNorm(in_features), nn.Linear(in_features, vocab_size, bias=False))
+        self.in_features, self.out_features = in_features, vocab_size
+
+
+class DeepSpeech2PreTrainedModel(SpeechAdapterMixin, PreTrainedModel):
+    config_class = DeepSpeech2Config
+    base_model_prefix = "model"
+    main_input_name = "input_features"
+    # The loss is a mean over utterances: Trainer must not believe that it was divided by `num_items_in_batch`.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.GRU):
+            for name, parameter in module.named_parameters():
+                if "bias" in name:
+                    init.zeros_(parameter)
+                elif "weight_hh" in name:
+                    # Through `init` on the whole parameter: it leaves weights alone that a checkpoint has filled.
+                    init.orthogonal_(parameter)
+                else:
+                    init.xavier_uniform_(parameter)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class DeepSpeech2Encoder(nn.Module):
+    """Convolutions and recurrent layers: `(batch, frames, mel)` to `(batch, frames / 2, 2 * hidden_size)`."""
+
+    def __init__(self, config: DeepSpeech2Config):
+        super().__init__()
+        self.conv = DeepSpeech2Convolutions(config)
+        widths = [self.conv.out_features] + [2 * config.hidden_size] * (config.num_hidden_layers - 1)
+        self.rnn_layers = nn.ModuleList(DeepSpeech2RNNLayer(width, config.hidden_size) for width in widths)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_features: torch.Tensor, lengths: torch.Tensor) -> Iterator[torch.Tensor]:
+        hidden_states = self.conv(input_features, lengths)
+        yield hidden_states
+        for index, layer in enumerate(self.rnn_layers):
+            hidden_states = layer(self.dropout(hidden_states) if index else hidden_states, lengths)
+            yield hidden_states
+
+
+class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
+    """
+    DeepSpeech2 with a CTC classifier; its adapters come from [`SpeechAdapterConfig`] or any PEFT method.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling import DeepSpeech2Config, DeepSpeech2ForCTC
+
+    >>> model = DeepSpeech2ForCTC(DeepSpeech2Config(hidden_size=16, num_hidden_layers=1)).eval()
+    >>> output = model(torch.zeros(2, 101, 80), attention_mask=torch.ones(2, 101, dtype=torch.long))
+    >>> output.logits.shape, output.logits_lengths.tolist()
+    (torch.Size([2, 51, 32]), [51, 51])
+
+    ```
+    """
+
+    def __init__(self, config: DeepSpeech2Config):
+        super().__init__(config)
+        self.encoder = DeepSpeech2Encoder(config)
+        self.classifier = DeepSpeech2Classifier(2 * config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_base_logits: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DeepSpeech2CTCOutput:
+        """
+        Args:
+            input_features: Log-mel features `(batch, frames, mel)`.
+            attention_mask: 1 for a frame, 0 for padding on the right, `(batch, frames)`.
+            labels: Classes `(batch, tokens)`, -100 beyond a transcript's end.
+            output_hidden_states: Also return every layer's output.
+            output_base_logits: Also return what the base alone would say. Default: whenever an adapter is active,
+                except while training. A second pass starts at the first adapted layer, so it is cheap for an adapter
+                at the classifier and about doubles the time for one between the layers.
+
+        Raises:
+            ValueError: `input_features` has another number of bins than the model, an utterance has no frame, or a
+                transcript needs more frames than there are (CTC would be infinite).
+        """
+        lengths = self._get_input_lengths(input_features, attention_mask)
+        lengths = self.encoder.conv.get_output_lengths(lengths).cpu()  # packing wants lengths on the CPU
+        hidden_states = tuple(self.encoder(input_features, lengths))
+        logits = self._mask_logits(self.classifier(hidden_states[-1]), lengths)
+        loss = None if labels is None else self._ctc_loss(logits, lengths, labels)
+        if output_base_logits is None:
+            output_base_logits = not self.training and bool(find_active_adapters(self))
+        output = DeepSpeech2CTCOutput(
+            loss=loss,
+            logits=logits,
+            logits_lengths=lengths.to(logits.device),
+            base_logits=self._base_logits(input_features, lengths, hidden_states) if output_base_logits else None,
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _get_input_lengths(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if input_features.dim() != 3 or input_features.shape[-1] != self.config.num_mel_bins:
+            raise ValueError(
+                f"`input_features` must be (batch, frames, {self.config.num_mel_bins}), got "
+                f"{tuple(input_features.shape)}. Make them with this checkpoint's own feature extractor."
+            )
+        if attention_mask is None:
+            lengths = torch.full((len(input_features),), input_features.shape[1], device=input_features.device)
+        else:
+            lengths = attention_mask.sum(-1)
+        if lengths.min() < 1:
+            raise ValueError(f"`attention_mask` must leave every row at least one frame, got {lengths.tolist()}.")
+        return lengths
+
+    def _base_logits(
+        self, input_features: torch.Tensor, lengths: torch.Tensor, hidden_states: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        with torch.no_grad(), adapters_off(self):
+            if find_active_adapters(self.encoder, even_if_off=True):
+                *_, last = self.encoder(input_features, lengths)
+            else:
+                last = hidden_states[-1]
+            return self._mask_logits(self.classifier(last), lengths)
+
+    def _mask_logits(self, logits: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        is_padding = torch.arange(logits.shape[1]) >= lengths.unsqueeze(1)  # (batch, frames)
+        if not is_padding.any():
+            return logits
+        blank = logits.new_full((logits.shape[-1],), PADDED_LOGIT)
+        blank[self.config.pad_token_id] = 0.0
+        return torch.where(is_padding.to(logits.device).unsqueeze(-1), blank, logits)
+
+    def _ctc_loss(self, logits: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        label_lengths = (labels >= 0).sum(-1).cpu()
+        required = label_lengths + count_repeats(labels).cpu()
+        if (required > lengths).any():
+            rows = (required > lengths).nonzero().flatten().tolist()
+            raise ValueError(
+                f"`labels` must fit the audio, got rows {rows} with {required[rows].tolist()} frames needed (labels and "
+                f"repeats) and {lengths[rows].tolist()} there. Drop these utterances or check their transcripts."
+            )
+        log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (frames, batch, vocab_size), fp32 for CTC
+        with torch.backends.cudnn.flags(enabled=False):
+            return nn.functional.ctc_loss(
+                log_probs,
+                labels.clamp(min=0),
+                lengths,
+                label_lengths,
+                blank=self.config.pad_token_id,
+                reduction=self.config.ctc_loss_reduction,
+            )
+
+    def freeze_base_model(self) -> None:
+        """Leaves only the adapters' parameters trainable."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_adapter_parameter(name))
+
+    def unfreeze_base_model(self) -> None:
+        """Makes every parameter trainable, the base's and the adapters'."""
+        self.requires_grad_(True)
+
+    def count_parameters(self, trainable_only: bool = False) -> dict[str, int]:
+        """
+        Returns the numbers of parameters as `{"total", "base", "adapter"}`.
+
+        Args:
+            trainable_only: Count only parameters that require a gradient.
+        """
+        counts = {"base": 0, "adapter": 0}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad or not trainable_only:
+                counts["adapter" if is_adapter_parameter(name) else "base"] += parameter.numel()
+        return {"total": sum(counts.values()), **counts}
+
+
+def count_repeats(labels: torch.Tensor) -> torch.Tensor:
+    """
+    Returns how often a label follows itself in `labels` `(batch, tokens)`, padded with negative values: `(batch,)`.
+
+    CTC needs a blank between two equal labels, so a transcript needs its labels and its repeats in frames.
+    """
+    return ((labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] >= 0)).sum(-1)

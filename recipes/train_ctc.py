@@ -1,0 +1,130 @@
+"""Trains a DeepSpeech2 recogniser with CTC, from scratch or from a checkpoint.
+
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_ctc.py \\
+    --config recipes/configs/train_ctc_synthetic.yaml --output_dir outputs/base
+"""
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
+
+from data.asr import Augmentation, UtteranceDataset, decode_clips
+from data.collators import CTCCollator
+from data.corpora import load_corpus, select_speakers
+from data.text import TEXT_UNITS, build_vocabulary, normalize_text
+from modeling import (
+    DeepSpeech2Config,
+    DeepSpeech2FeatureExtractor,
+    DeepSpeech2ForCTC,
+    DeepSpeech2Processor,
+    JamoCTCTokenizer,
+)
+from recipes.arguments import CorpusArguments, parse_arguments
+from recipes.decoding import evaluate_dataset
+from recipes.report import print_results, write_results
+from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """The recogniser; the sizes are for a training from scratch."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to go on from."})
+    num_mel_bins: int = field(default=80, metadata={"help": "Mel bins of the features."})
+    hidden_size: int = field(default=512, metadata={"help": "Units of a recurrent layer a direction."})
+    num_hidden_layers: int = field(default=5, metadata={"help": "Recurrent layers."})
+    hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout between recurrent layers."})
+    normalization: str = field(
+        default="utterance",
+        metadata={"help": "Features have mean 0 and deviation 1 over the utterance or bin.", "choices": ["utterance", "bin"]},
+    )
+    text_unit: str = field(
+        default="character", metadata={"help": "What a class writes; jamo for Korean.", "choices": list(TEXT_UNITS)}
+    )
+
+
+@dataclass
+class TrainingCorpusArguments(CorpusArguments):
+    """The corpus, without speakers kept for later."""
+
+    exclude_speakers: list[str] | None = field(
+        default=None, metadata={"help": "Speakers to leave out of training and evaluation."}
+    )
+
+
+def build_model(arguments: ModelArguments, texts: list[str]) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:
+    """Returns the checkpoint's model and processor, or fresh ones with a vocabulary of the characters in `texts`."""
+    if arguments.model_name_or_path:
+        processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
+        return AutoModelForCTC.from_pretrained(arguments.model_name_or_path), processor
+    vocabulary = build_vocabulary(map(normalize_text, texts), text_unit=arguments.text_unit)
+    tokenizer_class = JamoCTCTokenizer if arguments.text_unit == "jamo" else Wav2Vec2CTCTokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocab.json"
+        path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        tokenizer = tokenizer_class(str(path), bos_token=None, eos_token=None)
+    extractor = DeepSpeech2FeatureExtractor(arguments.num_mel_bins, normalization=arguments.normalization)
+    config = DeepSpeech2Config(
+        num_mel_bins=arguments.num_mel_bins,
+        hidden_size=arguments.hidden_size,
+        num_hidden_layers=arguments.num_hidden_layers,
+        hidden_dropout=arguments.hidden_dropout,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        inputs_to_logits_ratio=2 * extractor.hop_length,
+    )
+    return DeepSpeech2ForCTC(config), DeepSpeech2Processor(extractor, tokenizer)
+
+
+def main() -> None:
+    """Runs the recipe."""
+    model_args, corpus_args, augmentation, training_args = parse_arguments(
+        ModelArguments, TrainingCorpusArguments, Augmentation, RecipeTrainingArguments
+    )
+    set_seed(training_args.seed)
+
+    # Corpus
+    corpora = {}
+    for split in (corpus_args.train_split, corpus_args.eval_split):
+        corpus = load_corpus(corpus_args.dataset, split=split, required_columns=("audio", "text"))
+        if corpus_args.exclude_speakers:
+            corpus = select_speakers(corpus, corpus_args.exclude_speakers, exclude=True)
+        corpora[split] = corpus
+
+    # Model
+    model, processor = build_model(model_args, corpora[corpus_args.train_split]["text"])
+
+    # Data
+    decode = {"processor": processor, "samples_per_logit": model.config.inputs_to_logits_ratio}
+    train_clips = decode_clips(corpora[corpus_args.train_split], **decode, max_speed=augmentation.max_speed)
+    join = {"processor": processor, "concatenate": corpus_args.concatenate, "seed": training_args.seed}
+    train_dataset = UtteranceDataset(train_clips, augmentation=augmentation, **join)
+    eval_dataset = UtteranceDataset(decode_clips(corpora[corpus_args.eval_split], **decode), **join)
+
+    # Trainer
+    trainer = AdapterTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=CTCCollator(processor),
+        processing_class=processor,
+    )
+
+    # Train and save
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+
+    # Evaluate
+    scores = evaluate_dataset(model, processor, eval_dataset, batch_size=training_args.per_device_eval_batch_size)
+    results = {"eval_wer": scores["overall"]["wer"], "eval_cer": scores["overall"]["cer"]}
+    if trainer.is_world_process_zero():
+        print_results(results)
+        write_results(training_args.output_dir, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""A Trainer that saves, resumes and restores adapters alone, and never trains a frozen base by accident."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, find_active_adapters, is_adapter_parameter, save_adapter
+
+
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with this project's defaults and the tri-stage schedule."""
+
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps; below 1, a share of all."})
+    report_to: str = field(default="none", metadata={"help": "Where to report, as in TrainingArguments."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the best one."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in memory, for a GPU."})
+    tri_stage: bool = field(
+        default=False, metadata={"help": "Warm up, hold, decay exponentially, in place of lr_scheduler_type."}
+    )
+    initial_lr: float = field(default=0.0, metadata={"help": "Tri-stage: learning rate before the warm-up."})
+    final_lr: float = field(default=1e-5, metadata={"help": "Tri-stage: learning rate at the end; above 0."})
+    hold_steps: float = field(
+        default=0.0, metadata={"help": "Tri-stage: steps at learning_rate; below 1, a share of all steps."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
+        if self.tri_stage and not 0 < self.final_lr <= self.learning_rate:
+            raise ValueError(
+                f"`final_lr` must be above 0 and at most `learning_rate` ({self.learning_rate}), got {self.final_lr}."
+            )
+
+
+def tri_stage_factor(
+    step: int, *, num_warmup: int, num_hold: int, num_steps: int, initial: float, final: float
+) -> float:
+    """
+    Returns the factor on the peak learning rate at `step` of a tri-stage schedule.
+
+    Linear from `initial` to 1 over `num_warmup` steps, 1 for `num_hold`, then exponential to `final` at `num_steps`.
+
+    Args:
+        step: Optimizer steps done.
+        num_warmup: Steps of the warm-up.
+        num_hold: Steps at the peak.
+        num_steps: Steps of the whole training.
+        initial: Factor before the first step.
+        final: Factor after the last step.
+
+    Source: SpecAugment (arXiv 1904.08779), section 4.2.
+
+    Example:
+
+    ```python
+    >>> from recipes.trainer import tri_stage_factor
+
+    >>> stages = {"num_warmup": 4, "num_hold": 2, "num_steps": 10, "initial": 0.0, "final": 0.01}
+    >>> [round(tri_stage_factor(step, **stages), 3) for step in (0, 2, 4, 6, 8, 10)]
+    [0.0, 0.5, 1.0, 1.0, 0.1, 0.01]
+
+    ```
+    """
+    if step < num_warmup:
+        return initial + (1 - initial) * step / num_warmup
+    num_decay = max(1, num_steps - num_warmup - num_hold)
+    decayed = min(1.0, max(0, step - num_warmup - num_hold) / num_decay)
+    return math.exp(math.log(final) * decayed)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `model` is a `PeftModel` or has had adapters added through transformers' verbs."""
+    return isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def check_trainable(model: nn.Module, *, max_share: float) -> None:
+    """
+    Makes sure that what may train is what the recipe means to train.
+
+    Args:
+        model: The model, adapters added.
+        max_share: Largest share of all parameters that may be trainable.
+
+    Raises:
+        ValueError: Nothing is trainable, or more than `max_share`.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = {name: value.numel() for name, value in model.named_parameters() if value.requires_grad}
+    share = sum(trainable.values()) / total
+    if not trainable:
+        raise ValueError("The model must have trainable parameters, got 0. Add an adapter or unfreeze the base.")
+    if share > max_share:
+        outside = [name for name in trainable if not is_adapter_parameter(name)]
+        raise ValueError(
+            f"At most {max_share:.1%} of the parameters may train here, got {share:.1%} "
+            f"({sum(trainable.values()):,} of {total:,}; outside adapters: {outside[:3] or 'none'}). "
+            "Choose smaller adapters or freeze the base."
+        )
+
+
+def set_frozen_modules_to_eval(model: nn.Module) -> None:
+    """
+    Puts every module without trainable parameters of its own or below it into evaluation mode.
+
+    A frozen base then keeps its BatchNorm statistics and drops nothing. Recurrent layers stay in training mode: cuDNN
+    computes their gradients in that mode only, and without dropout between layers the mode changes nothing.
+    """
+    for name, module in model.named_modules():
+        is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        is_adapter = is_adapter_parameter(name)
+        if is_frozen and not is_adapter and not (isinstance(module, nn.RNNBase) and not module.dropout):
+            module.training = False
+
+
+class AdapterTrainer(Trainer):
+    """
+    The Trainer of every recipe. With adapters on the model, checkpoints hold adapters only, a resumed run equals the
+    uninterrupted one, and the best adapter comes back at the end; without, it is the stock Trainer.
+    """
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training and has_adapters(self._unwrapped()):
+            set_frozen_modules_to_eval(model)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _adapter_model(self) -> nn.Module | None:
+        """The model, if its adapters are ours to save and load: engines that shard do it themselves."""
+        model = self._unwrapped()
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return model if has_adapters(model) and not is_sharded and not self._trains_base() else None
+
+    def _trains_base(self) -> bool:
+        return any(
+            parameter.requires_grad and not is_adapter_parameter(name)
+            for name, parameter in self._unwrapped().named_parameters()
+        )
+
+    def _adapter_folders(self, folder: str | Path) -> dict[str, Path]:
+        """Where each active adapter lives in a checkpoint: a single one at the top, several in folders of their name."""
+        names = find_active_adapters(self._unwrapped(), even_if_off=True)
+        return {name: Path(folder) if len(names) == 1 else Path(folder) / name for name in names}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self._adapter_model()
+        if model is None:
+            return super()._save(output_dir, state_dict)
+        output_dir = output_dir or self.args.output_dir
+        if not self.args.should_save:
+            return None
+        for name, folder in self._adapter_folders(output_dir).items():
+            save_adapter(model, folder, name)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        return None
+
+    def _load_adapters(self, folder: str | Path) -> None:
+        for name, path in self._adapter_folders(folder).items():
+            if not (path / ADAPTER_WEIGHTS_NAME).is_file():
+                raise ValueError(f"`{folder}` must hold adapter {name!r}, got no {path / ADAPTER_WEIGHTS_NAME}.")
+            result = set_peft_model_state_dict(
+                self._unwrapped(), load_peft_weights(str(path), device="cpu"), adapter_name=name
+            )
+            if result.unexpected_keys:
+                raise ValueError(f"`{path}` must fit adapter {name!r}, got unknown {result.unexpected_keys[:3]}.")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._adapter_model() is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_adapters(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self._adapter_model() is None:
+            super()._load_best_model()
+        else:
+            self._load_adapters(self.state.best_model_checkpoint)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = getattr(dataset, "lengths", None)
+        if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        # The stock Trainer would read the whole dataset to measure it.
+        return LengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if not getattr(self.args, "tri_stage", False) or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        hold = self.args.hold_steps
+        stages = {
+            "num_warmup": self.args.get_warmup_steps(num_training_steps),
+            "num_hold": math.ceil(hold * num_training_steps) if hold < 1 else int(hold),
+            "num_steps": num_training_steps,
+            "initial": self.args.initial_lr / self.args.learning_rate,
+            "final": self.args.final_lr / self.args.learning_rate,
+        }
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: tri_stage_factor(step, **stages))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler

@@ -1,0 +1,196 @@
+"""Writes down what is said in recordings: any number of files and durations, an adapter for each speaker.
+
+python recipes/transcribe.py --model_name_or_path BASE --adapter alice=ALICE bob=BOB --speaker alice bob a.wav b.mp3
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from accelerate import PartialState
+
+from data.audio import AudioError
+from modeling.adapters import BASE, check_adapter_name
+from modeling.files import write_whole
+from recipes.arguments import parse_arguments
+from recipes.beam_search import DecodingArguments, build_decoder
+from recipes.decoding import Transcript, load_recognizer, transcribe_recordings
+
+BASE_SPEAKERS = ("base", BASE)  # speakers without an adapter
+ONLY_ADAPTER = "adapter"  # name of the one that is given without a name
+NAMED_ADAPTER = re.compile(r"([^/\\=]+)=(.+)")
+# Flags that take several values, and what a value after the first one looks like; anything else is a file.
+LIST_FLAGS = {"--adapter": NAMED_ADAPTER, "--speaker": re.compile(r"[\w-]+"), "--files": re.compile(".+")}
+
+
+@dataclass
+class TranscribeArguments:
+    """What is transcribed, with what, into what."""
+
+    model_name_or_path: str = field(metadata={"help": "Base recogniser: a folder or a Hub name."})
+    files: list[str] = field(metadata={"help": "Recordings: wav, flac, ogg or mp3; `--files` may be left out."})
+    adapter: list[str] = field(
+        default_factory=list, metadata={"help": "One folder or Hub name for all files, or several NAME=FOLDER."}
+    )
+    speaker: list[str] = field(
+        default_factory=list, metadata={"help": "Name of an adapter for each file, or `base` for none."}
+    )
+    format: Literal["text", "json"] = field(
+        default="text", metadata={"help": "Lines of file, tab and text (the text alone for one file), or a list."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Chunks recognised together."})
+    chunk_seconds: float = field(default=20.0, metadata={"help": "Longer recordings are heard in such chunks."})
+    overlap_seconds: float = field(default=2.0, metadata={"help": "What two chunks share."})
+    output_file: str | None = field(default=None, metadata={"help": "File to write in place of standard output."})
+
+
+def flag_files(tokens: Sequence[str]) -> list[str]:
+    """
+    Returns the command line with its positional values, the files, behind `--files`, and each list flag once.
+
+    Example:
+        >>> flag_files(["a.wav", "--adapter", "x=out/x", "--adapter", "y=out/y", "--speaker", "x", "y", "b.wav"])
+        ['--files', 'a.wav', 'b.wav', '--adapter', 'x=out/x', 'y=out/y', '--speaker', 'x', 'y']
+    """
+    lists: dict[str, list[str]] = {"--files": []}
+    rest, flag, wants_value = [], "", False
+    for token in tokens:
+        if token.startswith("--") or (token.startswith("-") and not wants_value):
+            flag, equals, value = token.partition("=")
+            wants_value = not equals and flag not in ("-h", "--help")
+            if flag not in LIST_FLAGS:
+                rest.append(token)
+            elif equals:
+                lists.setdefault(flag, []).append(value)
+        elif wants_value and flag not in LIST_FLAGS:
+            rest.append(token)
+            wants_value = False
+        elif flag in LIST_FLAGS and (wants_value or LIST_FLAGS[flag].fullmatch(token)):
+            lists.setdefault(flag, []).append(token)
+            wants_value = False
+        else:
+            lists["--files"].append(token)
+            flag = ""
+    flagged = [token for name, values in lists.items() if values for token in (name, *values)]
+    return flagged + rest
+
+
+def parse_adapters(values: Sequence[str]) -> dict[str, str]:
+    """
+    Returns the adapters of `--adapter`, name to folder.
+
+    Args:
+        values: One folder, or any number of `NAME=FOLDER`.
+
+    Raises:
+        ValueError: A name is twice, missing beside others, not allowed, or the word for no adapter.
+    """
+    if len(values) == 1 and not NAMED_ADAPTER.fullmatch(values[0]):
+        return {ONLY_ADAPTER: values[0]}
+    adapters: dict[str, str] = {}
+    for value in values:
+        if not (named := NAMED_ADAPTER.fullmatch(value)):
+            raise ValueError(f"`adapter` must be NAME=FOLDER where there are several, got {value!r}. Give it a name.")
+        name, folder = named.groups()
+        if check_adapter_name(name) in BASE_SPEAKERS:
+            raise ValueError(f"`adapter` must not be named {name!r}, which means no adapter. Choose another name.")
+        if name in adapters:
+            raise ValueError(f"`adapter` must have each name once, got {name!r} twice. Rename one of them.")
+        adapters[name] = folder
+    return adapters
+
+
+def choose_adapters(speakers: Sequence[str], adapters: Mapping[str, str], num_files: int) -> list[str]:
+    """
+    Returns the adapter of each file, `"__base__"` for none.
+
+    Args:
+        speakers: Names of adapters or `base`, one a file; none if one adapter, or the base, serves all.
+        adapters: Name to folder.
+        num_files: Number of files.
+
+    Raises:
+        ValueError: There are not as many speakers as files, a speaker has no adapter, or several adapters and no
+            speaker are given.
+    """
+    if not speakers:
+        if len(adapters) > 1:
+            raise ValueError(
+                f"`speaker` must say which of the adapters ({', '.join(adapters)}) each file needs, got none. Give "
+                "one a file."
+            )
+        return list(adapters or [BASE]) * num_files
+    if len(speakers) != num_files:
+        raise ValueError(
+            f"`speaker` must be given once a file, got {len(speakers)} speakers for {num_files} files. Write `base` "
+            "for a file without an adapter."
+        )
+    for speaker in speakers:
+        if speaker not in (*adapters, *BASE_SPEAKERS):
+            raise ValueError(
+                f"`speaker` must be the name of an adapter ({', '.join(adapters) or 'none given'}) or `base`, got "
+                f"{speaker!r}. Give its folder with `--adapter {speaker}=FOLDER`."
+            )
+    return [BASE if speaker in BASE_SPEAKERS else speaker for speaker in speakers]
+
+
+def format_transcripts(transcripts: Sequence[tuple[str, str | None, Transcript]], *, as_json: bool) -> str:
+    """Returns `(file, speaker, transcript)` triples as JSON or as lines of text."""
+    if as_json:
+        entries = [{"file": file, "speaker": speaker, **asdict(said)} for file, speaker, said in transcripts]
+        return json.dumps(entries, indent=2, ensure_ascii=False)
+    if len(transcripts) == 1:
+        return transcripts[0][2].text
+    return "\n".join(f"{file}\t{said.text}" for file, _, said in transcripts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    # Arguments
+    tokens = flag_files(sys.argv[1:] if argv is None else argv)
+    arguments, decoding = parse_arguments(TranscribeArguments, DecodingArguments, argv=tokens)
+    adapters = parse_adapters(arguments.adapter)
+    adapter_names = choose_adapters(arguments.speaker, adapters, len(arguments.files))
+
+    # Model and adapters
+    model, processor = load_recognizer(arguments.model_name_or_path, adapters)
+    decoder = build_decoder(decoding, processor.tokenizer)
+
+    # Transcribe
+    results = transcribe_recordings(
+        model,
+        processor,
+        arguments.files,
+        adapter_names=adapter_names,
+        chunk_seconds=arguments.chunk_seconds,
+        overlap_seconds=arguments.overlap_seconds,
+        batch_size=arguments.batch_size,
+        decoder=decoder,
+    )
+
+    # Write
+    errors = [result for result in results if isinstance(result, AudioError)]
+    if PartialState().is_main_process:
+        speakers = arguments.speaker or [None if name in (ONLY_ADAPTER, BASE) else name for name in adapter_names]
+        rows = zip(arguments.files, speakers, results, strict=True)
+        good = [row for row in rows if isinstance(row[2], Transcript)]
+        write_output(format_transcripts(good, as_json=arguments.format == "json"), arguments.output_file)
+        for error in errors:
+            print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def write_output(text: str, path: str | None) -> None:
+    """Prints `text`, or replaces the file at `path` with it."""
+    if path is None:
+        print(text)
+        return
+    with write_whole(Path(path).parent) as folder:
+        (folder / Path(path).name).write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
