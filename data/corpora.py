@@ -247,7 +247,7 @@ def _read_rows(manifest: _Manifest) -> Iterator[dict[str, object]]:
     try:
         for row in _parse_rows(path):
             audio_column = next((name for name in AUDIO_COLUMNS if name in row), None)
-            renames = {audio_column: "audio"} | {old: new for old, new in RENAMED_COLUMNS.items() if new not in row}
+            renames = {audio_column: "audio"} | _find_renames(row)
             row = {renames.get(name, name): value for name, value in row.items()}
             yield row | {"split": str(row.get("split") or manifest.default_split)}
     except (csv.Error, json.JSONDecodeError, UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
@@ -263,12 +263,24 @@ def _parse_rows(path: Path) -> Iterator[dict[str, object]]:
         return
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".jsonl":
-            yield from (json.loads(line) for line in file if line.strip())
+            for row in (json.loads(line) for line in file if line.strip()):
+                if not isinstance(row, dict):
+                    raise csv.Error(f"a row that is no object: {row}")
+                yield row
             return
         for row in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","):
             if None in row or None in row.values():
                 raise csv.Error(f"a row whose number of cells is not the header's: {list(row.values())}")
             yield row
+
+
+def _find_renames(columns: Iterable[str]) -> dict[str, str]:
+    """Returns old to new names; the first of several old ones, and none where the corpus has the new name already."""
+    renames: dict[str, str] = {}
+    for old, new in RENAMED_COLUMNS.items():
+        if old in columns and new not in columns and new not in renames.values():
+            renames[old] = new
+    return renames
 
 
 def _check_columns(required_columns: Iterable[str], columns: Iterable[str], name: str) -> None:
@@ -347,21 +359,21 @@ def _load_tables(
     if isinstance(corpus, dict):
         corpus = datasets.concatenate_datasets(list(corpus.values()))
     columns = list(corpus.features or next(iter(corpus), ()))
-    renames = {old: new for old, new in RENAMED_COLUMNS.items() if old in columns and new not in columns}
+    renames = _find_renames(columns)
     columns = [renames.get(column, column) for column in columns]
     _check_columns(["audio", *required_columns], columns, name)
-    corpus = corpus.rename_columns(renames)
-    corpus = corpus.cast_column("audio", UNDECODED_AUDIO if streaming else Audio(decode=False))
+    # Cast first: renaming streamed rows passes them through the features they have, which would decode them.
+    corpus = corpus.cast_column("audio", UNDECODED_AUDIO if streaming else Audio(decode=False)).rename_columns(renames)
     if "speaker_id" in columns:
         corpus = corpus.cast_column("speaker_id", Value("string"))
-    if next(iter(corpus), None) is None:
-        raise ValueError(f"`dataset` must have rows, got the empty corpus {name!r}. Name another corpus or split.")
-    if not streaming:
-        _check_hub_texts(corpus, name, required_columns)
+    if not streaming:  # `load_dataset` itself refuses a table without rows
+        _check_texts(corpus, name, required_columns)
+    elif next(iter(corpus), None) is None:
+        raise ValueError(f"`dataset` must have rows, got the empty corpus {name}. Name another corpus or split.")
     return corpus
 
 
-def _check_hub_texts(corpus: Dataset, name: str, required_columns: Sequence[str]) -> None:
+def _check_texts(corpus: Dataset, name: str, required_columns: Sequence[str]) -> None:
     if "text" in required_columns:
         for number, text in enumerate(corpus["text"], start=1):
             if not (text or "").strip():

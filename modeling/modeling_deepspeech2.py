@@ -52,6 +52,11 @@ def mask_frames(hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Ten
     return hidden_states * is_frame.view(len(lengths), *[1] * (hidden_states.dim() - 2), -1)
 
 
+def get_output_lengths(input_lengths: torch.Tensor) -> torch.Tensor:
+    """Frames of logits for `input_lengths` frames of features; only the first convolution has a stride in time."""
+    return (input_lengths + 2 * 5 - 11) // 2 + 1
+
+
 class DeepSpeech2Convolutions(nn.Module):
     """Halves the frames and quarters the bins; after every step, frames beyond the utterance are zeroed."""
 
@@ -76,11 +81,6 @@ class DeepSpeech2Convolutions(nn.Module):
         for layer in self.layers:
             hidden_states = mask_frames(layer(hidden_states), lengths)  # (batch, channels, bins, frames)
         return hidden_states.flatten(1, 2).transpose(1, 2)  # (batch, frames, channels * bins)
-
-    @staticmethod
-    def get_output_lengths(input_lengths: torch.Tensor) -> torch.Tensor:
-        """Frames after the convolutions; only the first one has a stride in time."""
-        return (input_lengths + 2 * 5 - 11) // 2 + 1
 
 
 class DeepSpeech2RNNLayer(nn.Module):
@@ -205,7 +205,8 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
                 transcript needs more frames than there are (CTC would be infinite).
         """
         lengths = self._get_input_lengths(input_features, attention_mask)
-        lengths = self.encoder.conv.get_output_lengths(lengths).cpu()  # packing wants lengths on the CPU
+        input_features = mask_frames(input_features.mT, lengths).mT  # the first convolution looks 5 frames ahead
+        lengths = get_output_lengths(lengths).cpu()  # packing wants lengths on the CPU
         hidden_states = tuple(self.encoder(input_features, lengths))
         logits = self._mask_logits(self.classifier(hidden_states[-1]), lengths)
         loss = None if labels is None else self._ctc_loss(logits, lengths, labels)

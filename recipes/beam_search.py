@@ -107,14 +107,21 @@ class BeamDecoder:
         """
         Returns the class of every frame on the best path: `(frames, classes)` to `(frames,)`.
 
-        The path spells words of the lexicon once it is collapsed.
+        Collapsed, the path spells whole words of the lexicon and nothing else.
         """
         # A word ends with a delimiter, but an utterance does not: one certain delimiter is put behind it.
         end = np.full((1, log_probs.shape[1]), NEVER, dtype=np.float32)
         end[0, self.delimiter] = 0.0
         frames = np.ascontiguousarray(np.concatenate([log_probs, end]), dtype=np.float32)
         best = self._search.decode(frames.ctypes.data, *frames.shape)[0]
-        return np.asarray(best.tokens[1 : len(log_probs) + 1])  # the search adds a frame before and one behind
+        path, words = (
+            np.asarray(best.tokens[1:-1]),
+            np.asarray(best.words[1:-1]),
+        )  # the search adds a frame at each end
+        # Where the audio fits no word, the best path may stop inside one: what follows the last whole word is dropped.
+        tail = path[np.flatnonzero(words >= 0).max(initial=-1) + 1 :]
+        tail[tail != self.delimiter] = self.blank
+        return path[: len(log_probs)]
 
     def decode(self, log_probs: np.ndarray) -> str:
         """Returns the text of `log_probs` `(frames, classes)`."""

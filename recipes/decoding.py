@@ -1,6 +1,8 @@
 """From a CTC model's frames to text: batches, long recordings in overlapping chunks, words with their times."""
 
+import logging
 import unicodedata
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -84,14 +86,30 @@ def load_recognizer(
             f"`model_name_or_path` must be a CTC model with its processor, got {model_name_or_path!r} ({error})."
         ) from error
     for name, path in (adapters or {}).items():
-        check_adapter_name(name)
-        if Path(path).exists() and not (Path(path) / "adapter_config.json").is_file():
-            raise ValueError(f"`adapter` must be a folder with adapter_config.json, got {path}. Correct the path.")
-        try:
-            model.load_adapter(str(path), adapter_name=name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"`adapter` must be an adapter of this base, got {path} ({error}).") from error
+        _load_adapter(model, check_adapter_name(name), str(path))
     return model.eval().to(PartialState().device), processor
+
+
+def _load_adapter(model: PreTrainedModel, name: str, path: str) -> None:
+    if Path(path).exists() and not (Path(path) / "adapter_config.json").is_file():
+        raise ValueError(f"`adapter` must be a folder with adapter_config.json, got {path}. Correct the path.")
+    # transformers 5.23 warns that the tensors of adapters loaded before are missing; its answer is read instead.
+    report = logging.getLogger("transformers.integrations.peft")
+    level = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            loaded = model.load_adapter(path, adapter_name=name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`adapter` must be an adapter of this base, got {path} ({error}).") from error
+    finally:
+        report.setLevel(level)
+    if wrong := sorted({key for key in loaded.missing_keys if f".{name}." in key} | loaded.unexpected_keys):
+        raise ValueError(
+            f"`adapter` must hold exactly the tensors of its configuration, got {path} where {wrong[0]!r} is missing "
+            "or too much. Save or download it again."
+        )
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 import json
 import logging
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -85,6 +86,13 @@ def test_beam_search_aligns_every_frame_with_its_letter(tokenizer, word_list):
     )
 
 
+def test_beam_search_drops_a_word_that_is_not_finished(tokenizer, word_list):
+    decoder = BeamDecoder(tokenizer, word_list=word_list, beam_size=1)  # keeps only the path inside "cat"
+
+    assert decoder.decode(make_log_probs(tokenizer, "cut|ca")) == "cut"
+    assert decoder.decode(make_log_probs(tokenizer, "ca")) == ""
+
+
 def test_beam_search_of_blanks_is_empty(tokenizer, word_list):
     decoder = BeamDecoder(tokenizer, word_list=word_list)
 
@@ -121,12 +129,12 @@ def test_word_score_favours_more_words(tokenizer, tmp_path):
 
 
 def test_beam_search_joins_jamo_to_syllables(tmp_path):
-    jamo = "ᄒ ᅡ ᆫ ᄀ ᅮ ᆨ".split()
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", "|", *jamo])}
+    jamo = unicodedata.normalize("NFD", "한국")
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", "|", *sorted(set(jamo))])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (tmp_path / "words.txt").write_text("한국\n", encoding="utf-8")
     tokenizer = JamoCTCTokenizer(str(tmp_path / "vocab.json"), bos_token=None, eos_token=None)
-    log_probs = make_log_probs(tokenizer, "한구ᅮ", also={5: ("ᆨ", -1.0)})
+    log_probs = make_log_probs(tokenizer, jamo[:5] + jamo[1], also={5: (jamo[5], -1.0)})
 
     assert BeamDecoder(tokenizer, word_list=tmp_path / "words.txt").decode(log_probs) == "한국"
 
@@ -149,7 +157,7 @@ def test_word_list_is_normalised_and_has_each_word_once(word_list):
 
 def test_read_word_list_names_file_and_line_of_what_is_wrong(tmp_path):
     path = tmp_path / "words.txt"
-    with pytest.raises(ValueError, match="`word_list` must be a file, got .*words.txt .No such file"):
+    with pytest.raises(ValueError, match="`word_list` must be a readable file, got .*words.txt .No such file"):
         read_word_list(path)
     path.write_bytes(b"fine\n\xff\xfe\n")
     with pytest.raises(ValueError, match="`word_list` must be UTF-8 text, got line 2 of .*words.txt"):
@@ -167,7 +175,7 @@ def test_read_arpa_words_leaves_the_marks_out(write_arpa):
 
 
 def test_read_arpa_words_names_file_and_line_of_what_is_wrong(tmp_path, write_arpa):
-    with pytest.raises(ValueError, match="got .*words.arpa in|in line 8 of .*words.arpa"):
+    with pytest.raises(ValueError, match="got 'often.*in line 9 of .*words.arpa"):
         read_arpa_words(write_arpa(cat="often"))
     other = tmp_path / "other.arpa"
     other.write_text("cat\n", encoding="utf-8")
@@ -183,7 +191,7 @@ def test_beam_decoder_names_the_line_of_a_wrong_ngram_further_down(tokenizer, tm
     with open(write_arpa(), encoding="utf-8") as file:
         path.write_text(file.read().replace("-0.3\tcut", "x\tcut"), encoding="utf-8")
 
-    with pytest.raises(ValueError, match="`ngram` must be a whole ARPA file, got line 13 of .*broken.arpa"):
+    with pytest.raises(ValueError, match="`ngram` must be a whole ARPA file, got line 14 of .*broken.arpa"):
         BeamDecoder(tokenizer, ngram=path)
 
 
