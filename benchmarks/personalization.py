@@ -8,29 +8,15 @@ training recordings, tested on the speaker's test recordings, and on the base sp
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 
 from benchmarks.results_file import store_result
 from data.corpora import load_corpus
+from recipes.launch import run_recipe
 from recipes.report import format_table
 
 SECONDS = (5, 10, 30, 60)
-LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml"]
-
-
-def run_recipe(name: str, config: str, **flags: object) -> None:
-    """Runs a recipe as a user would; what it prints goes to the terminal."""
-    tokens = [token for key, value in flags.items() for token in (f"--{key}", *map(str, _as_list(value)))]
-    config_tokens = ["--config", f"recipes/configs/{config}.yaml"] if config else []
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH[2:]]
-    subprocess.run([*launcher, f"recipes/{name}.py", *config_tokens, *tokens], check=True)
-
-
-def _as_list(value: object) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 def read_json(path: Path) -> dict:
@@ -42,7 +28,7 @@ def measure_speaker(dataset: str, speaker: str, others: list[str], folder: Path)
     """Trains a base without `speaker` and adapters for `speaker`; returns one row a number of seconds."""
     base = folder / f"base_without_{speaker}"
     if not (base / "eval_results.json").exists():
-        run_recipe("train_ctc", "train_ctc_fsdd", dataset=dataset, exclude_speakers=speaker, output_dir=base)
+        run_recipe("train_ctc", config="train_ctc_fsdd", dataset=dataset, exclude_speakers=speaker, output_dir=base)
     base_results = read_json(base / "eval_results.json")
     rows = []
     for seconds in SECONDS:
@@ -50,7 +36,7 @@ def measure_speaker(dataset: str, speaker: str, others: list[str], folder: Path)
         if not (output / "eval_results.json").exists():
             run_recipe(
                 "personalize",
-                "personalize_fsdd",
+                config="personalize_fsdd",
                 model_name_or_path=base,
                 dataset=dataset,
                 speaker_id=speaker,
@@ -61,7 +47,6 @@ def measure_speaker(dataset: str, speaker: str, others: list[str], folder: Path)
         if not others_file.exists():
             run_recipe(
                 "evaluate_asr",
-                "",
                 model_name_or_path=base,
                 adapter=output,
                 dataset=dataset,

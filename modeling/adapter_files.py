@@ -60,4 +60,6 @@ def _read_header(path: Path) -> tuple[list[list[int]], list[str]]:
             slices = [file.get_slice(name) for name in file.keys()]
             return [part.get_shape() for part in slices], [part.get_dtype() for part in slices]
     except SafetensorError as error:
-        raise ValueError(f"`adapter` must have whole weights, got a damaged {path}: {error}. Fetch it again.") from error
+        raise ValueError(
+            f"`adapter` must have whole weights, got a damaged {path}: {error}. Fetch it again."
+        ) from error

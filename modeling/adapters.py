@@ -220,7 +220,9 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
             return self._adapt(adapter_names[0], hidden_states, output)
         adapted = torch.empty_like(output)
         for name in dict.fromkeys(adapter_names):
-            rows = torch.tensor([row for row, other in enumerate(adapter_names) if other == name], device=output.device)
+            rows = torch.tensor(
+                [row for row, other in enumerate(adapter_names) if other == name], device=output.device
+            )
             adapted.index_copy_(0, rows, self._adapt(name, hidden_states[rows], output[rows]))
         return adapted
 
@@ -384,12 +386,29 @@ def save_adapter(model: nn.Module, save_directory: str | Path, adapter_name: str
     """
     name = _name_to_save(model, adapter_name)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    tensors = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
+    tensors = {name_on_disk(key): value.detach().cpu().contiguous() for key, value in state.items()}
     config = copy.copy(model.peft_config[name])
     config.inference_mode = True
     with write_whole(save_directory) as folder:
         (folder / ADAPTER_WEIGHTS_NAME).write_bytes(serialize_tensors(tensors, metadata={"format": "pt"}))
         config.save_pretrained(str(folder))
+
+
+def name_on_disk(key: str) -> str:
+    """
+    Returns the name in a file of an adapter's tensor: as in a `PeftModel`, and as if the adapter were the only one.
+
+    Example:
+
+    ```python
+    >>> from modeling.adapters import name_on_disk
+
+    >>> name_on_disk("classifier.base_layer.1.lora_A.weight")  # a speech adapter wraps the classifier as well
+    'base_model.model.classifier.1.lora_A.weight'
+
+    ```
+    """
+    return "base_model.model." + key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _name_to_save(model: nn.Module, adapter_name: str | None) -> str:
@@ -410,6 +429,15 @@ class SpeechAdapterMixin:
     def adapter_rows(self, adapter_names: Sequence[str] | None):
         """As [`adapter_rows`]."""
         return adapter_rows(self, adapter_names)
+
+    def add_adapter(self, adapter_config: PeftConfig, adapter_name: str = "default") -> None:
+        """As transformers', which would note a refused adapter as added."""
+        super().add_adapter(adapter_config, check_adapter_name(adapter_name))
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
+        """As transformers', which would note a refused adapter as added."""
+        name = "default" if adapter_name is None else check_adapter_name(adapter_name)
+        return super().load_adapter(peft_model_id, name, **kwargs)
 
     def active_adapters(self) -> list[str]:
         """Names of the active adapters; none where no adapter was ever added."""

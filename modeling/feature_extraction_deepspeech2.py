@@ -117,7 +117,7 @@ class DeepSpeech2FeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(
                 f"`sampling_rate` must be {self.sampling_rate}, got {sampling_rate}. Resample the audio first."
             )
-        is_batch = isinstance(raw_speech, (list, tuple)) and not np.isscalar(raw_speech[0])
+        is_batch = isinstance(raw_speech, (list, tuple)) and len(raw_speech) > 0 and not np.isscalar(raw_speech[0])
         utterances = [np.asarray(row, dtype=np.float32) for row in (raw_speech if is_batch else [raw_speech])]
         for row, samples in enumerate(utterances):
             if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():

@@ -145,7 +145,7 @@ def read_legacy_pickle(path: str | Path) -> Any:
         # Through a file object: by its name, torch would read a `.safetensors` file in another way.
         with path.open("rb") as file, warnings.catch_warnings():
             # Of the older format: that a stand-in's code is not the saved class's.
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", pickle_module=_make_pickle_module(path), weights_only=False)
     except RefusedGlobalError:
         raise

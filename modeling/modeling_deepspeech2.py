@@ -238,12 +238,12 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
     def _base_logits(
         self, input_features: torch.Tensor, lengths: torch.Tensor, hidden_states: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        with torch.no_grad(), adapters_off(self):
+        with adapters_off(self):  # not `no_grad`: recurrent layers round differently there
             if find_active_adapters(self.encoder, even_if_off=True):
                 *_, last = self.encoder(input_features, lengths)
             else:
                 last = hidden_states[-1]
-            return self._mask_logits(self.classifier(last), lengths)
+            return self._mask_logits(self.classifier(last), lengths).detach()
 
     def _mask_logits(self, logits: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         is_padding = torch.arange(logits.shape[1]) >= lengths.unsqueeze(1)  # (batch, frames)

@@ -16,7 +16,9 @@ class CorpusArguments:
     """Which speech is used and how its clips are joined."""
 
     dataset: str = field(
-        metadata={"help": "`synthetic`, a folder with metadata.csv, a manifest (.csv .tsv .jsonl .parquet) or a Hub name."}
+        metadata={
+            "help": "`synthetic`, a folder with metadata.csv, a manifest (.csv .tsv .jsonl .parquet) or a Hub name."
+        }
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
@@ -109,6 +111,7 @@ def read_config(path: str | Path, *, known: Sequence[str]) -> list[str]:
 def _to_tokens(key: str, value) -> list[str]:
     if value is None:
         return []
-    if isinstance(value, dict):
-        return [f"--{key}", json.dumps(value)]
-    return [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    # With "=", because argparse takes "-1e-4" after a blank for a flag.
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]

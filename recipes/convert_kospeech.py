@@ -351,11 +351,12 @@ def export_adapter(arguments: ConversionArguments) -> None:
     sizes = {name: tensor.shape for name, tensor in tensors.items() if re.fullmatch(r"\d+\.weight", name)}
     by_layer = [sizes[name] for name in sorted(sizes, key=lambda name: int(name.split(".")[0]))]
     widths = [by_layer[0][-1], *(size[0] for size in by_layer)] if by_layer else []
-    check_tensors("adapter", folder, tensors=tensors, shapes=get_adapter_shapes(widths))
+    shapes = get_adapter_shapes(widths)
+    check_tensors("adapter", folder, tensors=tensors, shapes=shapes)
     path = Path(arguments.output_file)
     with write_whole(path.parent) as scratch:
         content = {
-            "adapter_state_dict": tensors,
+            "adapter_state_dict": {name: tensors[name] for name in shapes},
             "input_dim": widths[0],
             "hidden_dims": widths[1:-1],
             "output_dim": widths[-1],

@@ -86,11 +86,23 @@ def load_recognizer(
             f"`model_name_or_path` must be a CTC model with its processor, got {model_name_or_path!r} ({error})."
         ) from error
     for name, path in (adapters or {}).items():
-        _load_adapter(model, check_adapter_name(name), str(path))
+        load_adapter(model, str(path), check_adapter_name(name))
     return model.eval().to(PartialState().device), processor
 
 
-def _load_adapter(model: PreTrainedModel, name: str, path: str) -> None:
+def load_adapter(model: PreTrainedModel, path: str, name: str, *, is_trainable: bool = False) -> None:
+    """
+    Adds a saved adapter to `model` under `name` and activates it.
+
+    Args:
+        model: The adapter's base.
+        path: Folder or Hub name of the adapter.
+        name: Its name in the model.
+        is_trainable: Leave its parameters trainable.
+
+    Raises:
+        ValueError: `path` is no adapter, or does not hold exactly the tensors of its configuration.
+    """
     if Path(path).exists() and not (Path(path) / "adapter_config.json").is_file():
         raise ValueError(f"`adapter` must be a folder with adapter_config.json, got {path}. Correct the path.")
     # transformers 5.23 warns that the tensors of adapters loaded before are missing; its answer is read instead.
@@ -100,7 +112,7 @@ def _load_adapter(model: PreTrainedModel, name: str, path: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            loaded = model.load_adapter(path, adapter_name=name)
+            loaded = model.load_adapter(path, adapter_name=name, is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"`adapter` must be an adapter of this base, got {path} ({error}).") from error
     finally:

@@ -18,7 +18,7 @@ from data.corpora import load_corpus, select_speakers, take_seconds
 from modeling import SpeechAdapterConfig
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, KINDS, adapters_off, save_adapter
 from recipes.arguments import CorpusArguments, parse_arguments
-from recipes.decoding import evaluate_dataset
+from recipes.decoding import evaluate_dataset, load_adapter
 from recipes.hub import ADAPTER_USAGE, CardSubject, write_card
 from recipes.report import draw_before_after, print_results, write_results
 from recipes.trainer import AdapterTrainer, RecipeTrainingArguments, check_trainable
@@ -71,7 +71,7 @@ def add_personal_adapter(model, arguments: PersonalArguments) -> None:
     if arguments.unfreeze_base:
         model.unfreeze_base_model()
     elif arguments.init_adapter:
-        model.load_adapter(arguments.init_adapter, adapter_name=ADAPTER_NAME, is_trainable=True)
+        load_adapter(model, arguments.init_adapter, ADAPTER_NAME, is_trainable=True)
         model.freeze_base_model()
     else:
         config = SpeechAdapterConfig(

@@ -115,12 +115,14 @@ def main() -> None:
     )
 
     # Train and save
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    train_output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
 
     # Evaluate
     scores = evaluate_dataset(model, processor, eval_dataset, batch_size=training_args.per_device_eval_batch_size)
     results = {"eval_wer": scores["overall"]["wer"], "eval_cer": scores["overall"]["cer"]}
+    results |= {"train_runtime": train_output.metrics["train_runtime"], "train_seconds": round(train_dataset.seconds, 2)}
+    results |= {"total_parameters": model.count_parameters()["total"]}
     if trainer.is_world_process_zero():
         print_results(results)
         write_results(training_args.output_dir, results)

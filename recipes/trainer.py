@@ -7,14 +7,20 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from modeling.adapters import ADAPTER_WEIGHTS_NAME, find_active_adapters, is_adapter_parameter, save_adapter
+from modeling.adapters import (
+    ADAPTER_WEIGHTS_NAME,
+    find_active_adapters,
+    is_adapter_parameter,
+    name_on_disk,
+    save_adapter,
+)
 
 
 @dataclass
@@ -171,11 +177,12 @@ class AdapterTrainer(Trainer):
         for name, path in self._adapter_folders(folder).items():
             if not (path / ADAPTER_WEIGHTS_NAME).is_file():
                 raise ValueError(f"`{folder}` must hold adapter {name!r}, got no {path / ADAPTER_WEIGHTS_NAME}.")
-            result = set_peft_model_state_dict(
-                self._unwrapped(), load_peft_weights(str(path), device="cpu"), adapter_name=name
-            )
-            if result.unexpected_keys:
-                raise ValueError(f"`{path}` must fit adapter {name!r}, got unknown {result.unexpected_keys[:3]}.")
+            model = self._unwrapped()
+            state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            keys, saved = {name_on_disk(key): key for key in state}, load_peft_weights(str(path), device="cpu")
+            if differing := sorted(keys.keys() ^ saved.keys()):
+                raise ValueError(f"`{path}` must fit adapter {name!r}, got unknown or missing {differing[:3]}.")
+            set_peft_model_state_dict(model, {key: saved[on_disk] for on_disk, key in keys.items()}, adapter_name=name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._adapter_model() is None:

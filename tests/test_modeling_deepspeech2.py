@@ -52,7 +52,9 @@ def test_parameter_counts_are_the_originals(sizes, total):
 
 
 def test_parameter_counts_split_into_base_and_adapter():
-    model = DeepSpeech2ForCTC(DeepSpeech2Config(num_mel_bins=16, hidden_size=512, num_hidden_layers=1, vocab_size=2000))
+    model = DeepSpeech2ForCTC(
+        DeepSpeech2Config(num_mel_bins=16, hidden_size=512, num_hidden_layers=1, vocab_size=2000)
+    )
     base = model.count_parameters()["total"]
     model.add_adapter(SpeechAdapterConfig(kind="mlp"), "alice")
 
@@ -74,7 +76,11 @@ def test_output_lengths_equal_a_convolution_s_own_for_every_length(model):
     first, second = model.encoder.conv.layers[0], model.encoder.conv.layers[3]
     for frames in range(1, 41):
         brute_force = second(first(torch.zeros(1, 1, 16, frames))).shape[-1]
-        assert get_output_lengths(torch.tensor(frames)) == brute_force == model(torch.zeros(1, frames, 16)).logits.shape[1]
+        assert (
+            get_output_lengths(torch.tensor(frames))
+            == brute_force
+            == model(torch.zeros(1, frames, 16)).logits.shape[1]
+        )
 
 
 def test_one_frame_is_the_shortest_input(model):
@@ -89,7 +95,9 @@ def test_one_frame_is_the_shortest_input(model):
 
 @pytest.mark.parametrize("shape", [(1, 9, 15), (9, 16), (1, 1, 9, 16)])
 def test_features_of_another_shape_are_refused_with_the_right_one(model, shape):
-    with pytest.raises(ValueError, match=r"`input_features` must be \(batch, frames, 16\), got .* own feature extractor"):
+    with pytest.raises(
+        ValueError, match=r"`input_features` must be \(batch, frames, 16\), got .* own feature extractor"
+    ):
         model(torch.zeros(shape))
 
 
@@ -220,7 +228,9 @@ def test_loss_is_computed_in_fp32_over_a_base_in_half_precision(model):
 def test_transcripts_longer_than_the_audio_are_refused_by_row(model):
     # 13 frames give 7 of logits; four labels with a repeat each need 4 + 3, five of them 5 + 4.
     assert model(**make_batch(40, 13), labels=torch.tensor([[1, 2, 3, 4], [5, 5, 5, 5]])).loss.isfinite()
-    with pytest.raises(ValueError, match=r"`labels` must fit the audio, got rows \[1\] with \[9\] frames .* and \[7\] there"):
+    with pytest.raises(
+        ValueError, match=r"`labels` must fit the audio, got rows \[1\] with \[9\] frames .* and \[7\] there"
+    ):
         model(**make_batch(40, 13), labels=torch.tensor([[1, 2, 3, 4, 5], [5, 5, 5, 5, 5]]))
 
 
@@ -262,7 +272,7 @@ def test_fresh_weights_do_not_depend_on_the_way_they_are_made(model, tmp_path):
         ({"conv_channels": 0}, "`conv_channels` must be at least 1, got 0"),
         ({"vocab_size": -1}, "`vocab_size` must be at least 1, got -1"),
         ({"pad_token_id": 32}, r"`pad_token_id` must be a class below `vocab_size` \(32\), got 32"),
-        ({"ctc_loss_reduction": "none"}, "`ctc_loss_reduction` must be \"mean\" or \"sum\", got 'none'"),
+        ({"ctc_loss_reduction": "none"}, '`ctc_loss_reduction` must be "mean" or "sum", got \'none\''),
         ({"hidden_size": 2.5}, "hidden_size"),
     ],
 )

@@ -1,0 +1,26 @@
+"""Runs recipes as a user would, for the demo and the benchmarks."""
+
+import subprocess
+import sys
+
+
+def run_recipe(name: str, *, config: str | None = None, launcher: str = "cpu", **flags: object) -> None:
+    """
+    Runs `accelerate launch recipes/<name>.py` from the root of the repository; its output goes to the terminal.
+
+    Args:
+        name: Recipe without ".py".
+        config: Name of a YAML file in recipes/configs, without ".yaml".
+        launcher: Name of a YAML file in accelerate_configs, without ".yaml".
+        flags: The recipe's flags; a list gives several values.
+
+    Raises:
+        subprocess.CalledProcessError: The recipe failed.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", f"accelerate_configs/{launcher}.yaml", f"recipes/{name}.py"]
+    if config:
+        command += ["--config", f"recipes/configs/{config}.yaml"]
+    for flag, value in flags.items():
+        command += [f"--{flag}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    subprocess.run(command, check=True)

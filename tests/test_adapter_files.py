@@ -1,0 +1,104 @@
+"""What is saved says what it is without being loaded, and damage is named."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from modeling import SpeechAdapterConfig, save_adapter
+from modeling.adapter_files import describe_adapter
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, name_on_disk
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A saved bottleneck of 4 hidden units behind both blocks of the tiny recogniser."""
+    tiny_model.name_or_path = "me/base"
+    tiny_model.add_adapter(SpeechAdapterConfig(kind="bottleneck", hidden_sizes=[4]), "alice")
+    save_adapter(tiny_model, tmp_path)
+    return tmp_path
+
+
+def test_description_is_the_adapter_s_own(folder):
+    # Widths 16 (convolutions) and 32 (layer): norm 2 w, down 4 w + 4, up 4 w + w.
+    parameters = sum(2 * width + 4 * width + 4 + 4 * width + width for width in (16, 32))
+    assert describe_adapter(folder) == {
+        "kind": "bottleneck",
+        "hidden_sizes": [4],
+        "target_modules": r"encoder\.(conv|rnn_layers\.\d+)",
+        "base": "me/base",
+        "parameters": parameters,
+        "bytes": (folder / ADAPTER_WEIGHTS_NAME).stat().st_size,
+        "dtype": "F32",
+    }
+
+
+def test_description_of_lora_names_the_method(tiny_model, tmp_path):
+    tiny_model.add_adapter(LoraConfig(target_modules=["classifier.1"], r=2), "low")
+    tiny_model.classifier[1].lora_A["low"].to(torch.bfloat16)
+    save_adapter(tiny_model, tmp_path)
+    description = describe_adapter(tmp_path)
+
+    assert (description["kind"], description["hidden_sizes"]) == ("lora", None)
+    assert (description["parameters"], description["dtype"]) == (2 * 32 + 2 * 30, "BF16,F32")
+    assert description["target_modules"] == ["classifier.1"]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"`adapter` must be a folder with {name}, got "):
+        describe_adapter(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"null and void"])
+def test_a_configuration_that_is_no_json_is_named(folder, content):
+    (folder / "adapter_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="must have a JSON file as configuration, got .*adapter_config.json"):
+        describe_adapter(folder)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"peft_type": 3}])
+def test_a_configuration_of_something_else_is_named(folder, content):
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match="must have `peft_type` in its configuration, got none in .*adapter_config.json"
+    ):
+        describe_adapter(folder)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 100, -1])
+def test_truncated_weights_are_named(folder, num_bytes):
+    path = folder / ADAPTER_WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(ValueError, match="must have whole weights, got a damaged .*adapter_model.safetensors"):
+        describe_adapter(folder)
+
+
+def test_a_header_that_promises_more_than_the_file_holds_is_named(folder):
+    header = json.dumps({"huge": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    (folder / ADAPTER_WEIGHTS_NAME).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="must have whole weights"):
+        describe_adapter(folder)
+
+
+def test_save_adapter_needs_one_adapter_to_save(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"`adapter_name` must be one of the model's adapters \(\), got \[\]"):
+        save_adapter(tiny_model, tmp_path)
+    for name, kind in (("alice", "mlp"), ("room", "bottleneck")):
+        tiny_model.add_adapter(SpeechAdapterConfig(kind=kind, hidden_sizes=[4]), name)
+    with pytest.raises(ValueError, match=r"\(alice, room\), got \['bob'\]"):
+        save_adapter(tiny_model, tmp_path, "bob")
+    tiny_model.set_adapter(["alice", "room"])
+    with pytest.raises(ValueError, match=r"got \['room', 'alice'\]"):
+        save_adapter(tiny_model, tmp_path)
+    save_adapter(tiny_model, tmp_path, "alice")
+    assert describe_adapter(tmp_path)["kind"] == "mlp"
+
+
+@pytest.mark.parametrize(
+    "key", ["classifier.1.lora_A.weight", "base_model.model.classifier.base_layer.1.lora_A.weight"]
+)
+def test_a_tensor_has_one_name_on_disk_however_it_is_wrapped(key):
+    assert name_on_disk(key) == "base_model.model.classifier.1.lora_A.weight"

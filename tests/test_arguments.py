@@ -1,0 +1,161 @@
+"""A YAML file and flags mean the same, flags win, and what is misspelt is refused with what was meant."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from recipes.arguments import CorpusArguments, parse_arguments
+from recipes.trainer import RecipeTrainingArguments
+
+
+@dataclass
+class Settings:
+    """One field of each type that the recipes use."""
+
+    learning_rate: float = field(default=0.1, metadata={"help": "A number."})
+    rank: int = field(default=8, metadata={"help": "A whole number."})
+    use_cache: bool = field(default=False, metadata={"help": "A switch."})
+    keep_all: bool = field(default=True, metadata={"help": "A switch that is on."})
+    speakers: list[str] | None = field(default=None, metadata={"help": "Several."})
+    max_seconds: float | None = field(default=None, metadata={"help": "A number or none."})
+    kind: str = field(default="mlp", metadata={"help": "A choice.", "choices": ["mlp", "bottleneck"]})
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a YAML file and returns its path."""
+
+    def write(text: str) -> str:
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def parse(*argv: str) -> Settings:
+    (settings,) = parse_arguments(Settings, argv=argv)
+    return settings
+
+
+def test_defaults_hold_without_file_and_flags():
+    assert parse() == Settings()
+
+
+def test_a_file_gives_every_type(config):
+    text = """
+        learning_rate: 1e-4
+        rank: 4
+        use_cache: true
+        keep_all: false
+        speakers: [ann, ben]
+        max_seconds: 30
+        kind: bottleneck
+    """
+    assert parse("--config", config(text)) == Settings(1e-4, 4, True, False, ["ann", "ben"], 30.0, "bottleneck")
+
+
+def test_a_number_without_a_point_is_still_a_number(config):
+    assert parse("--config", config("learning_rate: 1e-4")).learning_rate == 0.0001  # a string in YAML 1.1
+
+
+@pytest.mark.parametrize("flag", ["--config={}", "--config {}"])
+def test_a_flag_overrules_the_file_wherever_it_stands(config, flag):
+    tokens = flag.format(config("rank: 4\nkind: bottleneck")).split()
+    assert parse(*tokens, "--rank", "2") == parse("--rank=2", *tokens) == Settings(rank=2, kind="bottleneck")
+
+
+def test_a_list_on_the_command_line_replaces_the_file_s(config):
+    assert parse("--config", config("speakers: [ann, ben]"), "--speakers", "cy").speakers == ["cy"]
+
+
+def test_an_empty_value_keeps_the_default(config):
+    assert parse("--config", config("max_seconds:\nrank: 4")) == Settings(rank=4)
+
+
+def test_an_empty_file_changes_nothing(config):
+    assert parse("--config", config("# nothing yet\n")) == Settings()
+
+
+def test_a_bare_switch_turns_on():
+    assert parse("--use_cache").use_cache is True
+    assert parse("--no_keep_all").keep_all is False
+
+
+def test_negative_numbers_are_values(config):
+    assert parse("--config", config("learning_rate: -1e-4")) == parse("--learning_rate=-1e-4") == Settings(-0.0001)
+
+
+def test_a_mapping_reaches_the_training_arguments(config, tmp_path):
+    path = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {{num_cycles: 2}}\nuse_cpu: true")
+    (arguments,) = parse_arguments(RecipeTrainingArguments, argv=["--config", path])
+    assert arguments.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_several_dataclasses_come_back_in_order():
+    settings, corpus = parse_arguments(
+        Settings, CorpusArguments, argv=["--dataset", "synthetic", "--concatenate_max", "4", "--rank", "1"]
+    )
+    assert (settings.rank, corpus.dataset, corpus.concatenate) == (1, "synthetic", (1, 4))
+
+
+def test_an_unknown_key_is_refused_with_file_and_suggestion(config):
+    path = config("learning_rat: 0.1")
+    with pytest.raises(
+        ValueError, match=r"`learning_rat` in .*recipe.yaml is not a flag .* Did you mean `learning_rate`"
+    ):
+        parse("--config", path)
+
+
+@pytest.mark.parametrize("token", ["--rnak=2", "--rnak"])
+def test_an_unknown_flag_is_refused_with_a_suggestion(token):
+    with pytest.raises(ValueError, match=r"`--rnak` is not a flag of this recipe. Did you mean `rank`\?"):
+        parse(token, "2")
+
+
+def test_an_unknown_flag_like_no_other_points_to_the_help():
+    with pytest.raises(ValueError, match="`--zzz` is not a flag of this recipe. `--help` lists the flags."):
+        parse("--zzz", "2")
+
+
+def test_abbreviated_flags_are_refused():
+    with pytest.raises(ValueError, match="`--learning` is not a flag"):
+        parse("--learning", "0.1")
+
+
+def test_a_value_without_a_flag_is_refused():
+    with pytest.raises(ValueError, match=r"Every value must follow a flag, got \['stray'\]"):
+        parse("stray")
+
+
+@pytest.mark.parametrize(
+    "text", ["rank: 2.5", "rank: many", "use_cache: perhaps", "kind: lora", "learning_rate: fast"]
+)
+def test_a_value_of_another_type_ends_with_the_flag_s_name(config, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--config", config(text))
+    assert stop.value.code == 2
+    assert f"argument --{text.partition(':')[0]}" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ValueError, match=r"`config` must be a YAML file, got nowhere.yaml, which does not exist"):
+        parse("--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- rank", "list"), ("rank", "str"), ("3", "int")])
+def test_a_file_that_is_no_mapping_is_refused_by_its_type(config, text, kind):
+    path = config(text)
+    with pytest.raises(ValueError, match=f"`config` must map flags to values, got a {kind} in .*recipe.yaml"):
+        parse("--config", path)
+
+
+def test_a_file_that_does_not_parse_is_named(config):
+    path = config("rank: [1")
+    with pytest.raises(ValueError, match="must be a YAML file, got .*recipe.yaml, which does not parse"):
+        parse("--config", path)
+
+
+def test_help_prints_what_each_flag_means(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "A whole number." in capsys.readouterr().out

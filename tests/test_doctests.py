@@ -1,0 +1,24 @@
+"""Every example in a docstring gives what it says."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("data", "modeling", "recipes")
+    for path in (ROOT / folder).glob("*.py")
+    if path.name != "__init__.py"
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples_hold(module):
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+def test_examples_in_code_fences_are_found():
+    assert doctest.testmod(importlib.import_module("modeling.adapters")).attempted >= 5
