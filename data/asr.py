@@ -76,7 +76,9 @@ def _draw_span(total: int, longest: int, generator: np.random.Generator) -> tupl
     return int(generator.integers(0, total - size + 1)), size
 
 
-def decode_clips(corpus: Dataset, processor, *, samples_per_logit: int, max_speed: float = 1.0) -> Dataset:
+def decode_clips(
+    corpus: Dataset, processor, *, samples_per_logit: int, max_speed: float = 1.0, is_joined: bool = False
+) -> Dataset:
     """
     Reads and checks every clip of `corpus` once; the result is cached by the fingerprint of corpus and settings.
 
@@ -85,6 +87,7 @@ def decode_clips(corpus: Dataset, processor, *, samples_per_logit: int, max_spee
         processor: Feature extractor and CTC tokenizer of the model.
         samples_per_logit: Samples of audio a frame of logits (`config.inputs_to_logits_ratio`).
         max_speed: Fastest speed perturbation that the clips must still be long enough for.
+        is_joined: Whether clips will be joined, so that each needs a frame more, for the space between words.
 
     Returns:
         Columns `name`, `speaker_id`, `text` (normalised), `labels` and `samples` `(samples,)`.
@@ -108,7 +111,9 @@ def decode_clips(corpus: Dataset, processor, *, samples_per_logit: int, max_spee
     labels = tokenizer(texts).input_ids
     for column, values in (("name", names), ("speaker_id", list(speakers)), ("text", texts), ("labels", labels)):
         table = table.add_column(column, values)
-    return drop_infeasible(table, samples_per_logit=samples_per_logit, max_speed=max_speed)
+    return drop_infeasible(
+        table, samples_per_logit=samples_per_logit, max_speed=max_speed, is_joined=is_joined
+    )
 
 
 def read_clip(row: dict, *, sampling_rate: int) -> dict:
@@ -127,14 +132,17 @@ def count_ctc_frames(labels: Sequence[int]) -> int:
     return len(labels) + sum(left == right for left, right in zip(labels, labels[1:], strict=False))
 
 
-def drop_infeasible(table: Dataset, *, samples_per_logit: int, max_speed: float = 1.0) -> Dataset:
+def drop_infeasible(
+    table: Dataset, *, samples_per_logit: int, max_speed: float = 1.0, is_joined: bool = False
+) -> Dataset:
     """
     Drops rows whose `labels` need more frames than `num_samples` give, and says which.
 
     Raises:
         ValueError: They are more than 5 % of the rows.
     """
-    needed = [count_ctc_frames(labels) for labels in table["labels"]]
+    # Joined clips share the one frame that stands at an utterance's end, and have a delimiter between them.
+    needed = [count_ctc_frames(labels) + 2 * is_joined for labels in table["labels"]]
     there = [int(samples / max_speed) // samples_per_logit + 1 for samples in table["num_samples"]]
     bad = [row for row in range(len(table)) if needed[row] > there[row]]
     if not bad:

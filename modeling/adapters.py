@@ -204,7 +204,7 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         self.kinds.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, *_args, **_kwargs) -> None:
         raise ValueError("Speech adapters are not linear and cannot be merged into the base. Keep them beside it.")
 
     def unmerge(self) -> None:
@@ -259,9 +259,7 @@ class SpeechAdapterModel(BaseTuner):
             peft_config.target_modules = targets[peft_config.kind]
         return peft_config
 
-    def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
-    ) -> None:
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, **_kwargs) -> None:
         if isinstance(target, SpeechAdapterLayer):
             target.update_layer(adapter_name, peft_config)
             return
@@ -275,7 +273,7 @@ class SpeechAdapterModel(BaseTuner):
         return key.replace(f"speech_adapter_blocks.{adapter_name}.", "speech_adapter_blocks.", 1)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
+    def _enable_peft_forward_hooks(self, *_args, **kwargs):
         # `PeftModel.forward` and `.generate` hand `adapter_names` over here.
         with adapter_rows(self.model, kwargs.pop("adapter_names", None)):
             yield
@@ -322,7 +320,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = was_off
 
 
-def _add_adapter_names(module: nn.Module, args: tuple, kwargs: dict, *, names: Sequence[str]) -> tuple[tuple, dict]:
+def _add_adapter_names(_module: nn.Module, args: tuple, kwargs: dict, *, names: Sequence[str]) -> tuple[tuple, dict]:
     rows = len(args[0] if args else next(iter(kwargs.values())))
     # Beam search repeats every row in place: [a, b] becomes [a, a, b, b].
     times, rest = divmod(rows, len(names))

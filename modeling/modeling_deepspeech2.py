@@ -73,8 +73,8 @@ class DeepSpeech2Convolutions(nn.Module):
                 nn.Hardtanh(0, 20),
             ]
         )
-        # Bins after strides of 2 and 2, with "same" padding: 80 -> 40 -> 20.
-        self.out_features = channels * -(-(-(-config.num_mel_bins // 2)) // 2)
+        # Bins after strides of 2 and 2, with "same" padding, each rounded up: 161 -> 81 -> 41.
+        self.out_features = channels * ((config.num_mel_bins + 3) // 4)
 
     def forward(self, input_features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         hidden_states = input_features.transpose(1, 2).unsqueeze(1)  # (batch, 1, mel, frames)
@@ -259,8 +259,8 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
         if (required > lengths).any():
             rows = (required > lengths).nonzero().flatten().tolist()
             raise ValueError(
-                f"`labels` must fit the audio, got rows {rows} with {required[rows].tolist()} frames needed (labels and "
-                f"repeats) and {lengths[rows].tolist()} there. Drop these utterances or check their transcripts."
+                f"`labels` must fit the audio, got rows {rows} with {required[rows].tolist()} frames needed (labels "
+                f"and repeats) and {lengths[rows].tolist()} there. Drop these utterances or check their transcripts."
             )
         log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (frames, batch, vocab_size), fp32 for CTC
         with torch.backends.cudnn.flags(enabled=False):

@@ -1,8 +1,9 @@
 """A bidirectional GRU over padded rows, for training on a CPU.
 
-torch's GRU multiplies, on a CPU, one small matrix a frame and direction and accumulates the weights' gradient at every
-frame; over packed rows it also fills a gradient of the whole batch at every frame (torch 2.13). The same arithmetic in
-fewer operations, both directions in one product and the weights' gradient in one at the end, takes a third of the time.
+torch's GRU multiplies, on a CPU, one small matrix a frame and direction and accumulates the weights' gradient at
+every frame; over packed rows it also fills a gradient of the whole batch at every frame (torch 2.13). The same
+arithmetic in fewer operations, both directions in one product and the weights' gradient in one at the end, takes a
+third of the time.
 """
 
 import torch

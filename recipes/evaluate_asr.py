@@ -46,7 +46,8 @@ def load_utterances(
     corpus = load_corpus(arguments.dataset, split=arguments.split, required_columns=columns)
     if arguments.speaker_id:
         corpus = select_speakers(corpus, arguments.speaker_id)
-    clips = decode_clips(corpus, processor, samples_per_logit=samples_per_logit)
+    is_joined = arguments.concatenate_max > 1
+    clips = decode_clips(corpus, processor, samples_per_logit=samples_per_logit, is_joined=is_joined)
     concatenate = (arguments.concatenate_min, arguments.concatenate_max)
     return UtteranceDataset(clips, processor, concatenate=concatenate, seed=arguments.seed)
 

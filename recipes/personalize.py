@@ -142,6 +142,7 @@ def main() -> None:
     # Data
     train_corpus, eval_corpus = load_speaker(personal_args, corpus_args, seed=training_args.seed)
     decode = {"processor": processor, "samples_per_logit": model.config.inputs_to_logits_ratio}
+    decode["is_joined"] = corpus_args.concatenate_max > 1
     join = {"processor": processor, "concatenate": corpus_args.concatenate, "seed": training_args.seed}
     train_clips = decode_clips(train_corpus, **decode, max_speed=augmentation.max_speed)
     train_dataset = UtteranceDataset(train_clips, augmentation=augmentation, **join)

@@ -99,6 +99,7 @@ def main() -> None:
 
     # Data
     decode = {"processor": processor, "samples_per_logit": model.config.inputs_to_logits_ratio}
+    decode["is_joined"] = corpus_args.concatenate_max > 1
     train_clips = decode_clips(corpora[corpus_args.train_split], **decode, max_speed=augmentation.max_speed)
     join = {"processor": processor, "concatenate": corpus_args.concatenate, "seed": training_args.seed}
     train_dataset = UtteranceDataset(train_clips, augmentation=augmentation, **join)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -130,11 +131,50 @@ def set_frozen_modules_to_eval(model: nn.Module) -> None:
             module.training = False
 
 
+class SeededLengthSampler(LengthGroupedSampler):
+    """
+    Indices for batches of similar length, drawn by seed and epoch alone, so that a resumed run draws the same.
+
+    The stock sampler reads the whole dataset to measure it, and draws from torch's global generator.
+
+    Args:
+        batch_size: Examples of an optimizer step.
+        dataset: Has `lengths`, which may differ in each epoch.
+        seed: Of the order.
+        find_epoch: Returns the epoch that begins.
+    """
+
+    def __init__(self, batch_size: int, dataset, *, seed: int, find_epoch: Callable[[], int]):
+        super().__init__(batch_size, lengths=dataset.lengths)
+        self.dataset, self.seed, self.find_epoch = dataset, seed, find_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.lengths = self.dataset.lengths
+        self.generator = torch.Generator().manual_seed(self.seed + self.find_epoch())
+        return super().__iter__()
+
+
+class DatasetEpochCallback(TrainerCallback):
+    """
+    Tells the training data which epoch begins.
+
+    accelerate's loaders do not where they skip batches to resume, or share them between processes (1.15).
+    """
+
+    def on_epoch_begin(self, _args, state, _control, *, train_dataloader, **_kwargs) -> None:
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
 class AdapterTrainer(Trainer):
     """
     The Trainer of every recipe. With adapters on the model, checkpoints hold adapters only, a resumed run equals the
     uninterrupted one, and the best adapter comes back at the end; without, it is the stock Trainer.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(DatasetEpochCallback())
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training and has_adapters(self._unwrapped()):
@@ -157,7 +197,7 @@ class AdapterTrainer(Trainer):
         )
 
     def _adapter_folders(self, folder: str | Path) -> dict[str, Path]:
-        """Where each active adapter lives in a checkpoint: a single one at the top, several in folders of their name."""
+        """Where each active adapter is in a checkpoint: a single one at the top, several in folders of their name."""
         names = find_active_adapters(self._unwrapped(), even_if_off=True)
         return {name: Path(folder) if len(names) == 1 else Path(folder) / name for name in names}
 
@@ -201,9 +241,11 @@ class AdapterTrainer(Trainer):
         lengths = getattr(dataset, "lengths", None)
         if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
             return super()._get_train_sampler(train_dataset)
-        # The stock Trainer would read the whole dataset to measure it.
-        return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
+        return SeededLengthSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            dataset,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            find_epoch=lambda: int(self.state.epoch or 0),
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

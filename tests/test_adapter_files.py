@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
-from modeling import SpeechAdapterConfig, save_adapter
+from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
 from modeling.adapter_files import describe_adapter
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, name_on_disk
 
@@ -102,3 +103,19 @@ def test_save_adapter_needs_one_adapter_to_save(tiny_model, tmp_path):
 )
 def test_a_tensor_has_one_name_on_disk_however_it_is_wrapped(key):
     assert name_on_disk(key) == "base_model.model.classifier.1.lora_A.weight"
+
+
+def test_lora_under_a_speech_adapter_is_saved_as_if_it_were_alone(tiny_model, tiny_base, tmp_path):
+    features = torch.randn(1, 20, 16, generator=torch.Generator().manual_seed(0))
+    tiny_model.add_adapter(LoraConfig(target_modules=["classifier.1"], r=2, init_lora_weights=False), "low")
+    with_lora = tiny_model.eval()(features).logits
+    tiny_model.add_adapter(SpeechAdapterConfig(kind="mlp", hidden_sizes=[4]), "alice")
+    save_adapter(tiny_model, tmp_path, "low")
+
+    assert set(load_file(tmp_path / ADAPTER_WEIGHTS_NAME)) == {
+        "base_model.model.classifier.1.lora_A.weight",
+        "base_model.model.classifier.1.lora_B.weight",
+    }
+    fresh = DeepSpeech2ForCTC.from_pretrained(tiny_base)
+    fresh.load_adapter(str(tmp_path), adapter_name="low")
+    assert torch.equal(fresh(features).logits, with_lora)

@@ -1,4 +1,4 @@
-"""The contract of every adapter: it alone trains, it starts as nothing, travels alone, and leaves no trace when off."""
+"""The contract of every adapter: it alone trains, starts as nothing, travels alone, and leaves no trace when off."""
 
 import importlib.util
 import sys
@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 import modeling.adapters
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, adapter_rows, save_adapter
@@ -157,10 +156,13 @@ def test_adapters_off_restores_what_was_on_even_after_an_error(tiny_model):
     add_adapter(tiny_model, "bob", small("bottleneck"))
     trainable = [name for name, value in tiny_model.named_parameters() if value.requires_grad]
 
-    with pytest.raises(KeyError), adapters_off(tiny_model):
-        assert find_active_adapters(tiny_model) == []
-        raise KeyError
+    def fail_with_adapters_off() -> None:
+        with adapters_off(tiny_model):
+            assert find_active_adapters(tiny_model) == []
+            raise KeyError
 
+    with pytest.raises(KeyError):
+        fail_with_adapters_off()
     assert find_active_adapters(tiny_model) == ["bob"]
     assert [name for name, value in tiny_model.named_parameters() if value.requires_grad] == trainable
 
@@ -382,19 +384,4 @@ def test_lora_is_added_switched_and_saved_through_the_same_verbs(tiny_model, tin
     assert torch.equal(logits(fresh, batch), with_lora)
     add_adapter(fresh, "alice", small("bottleneck"))
     fresh.set_adapter("low")
-    assert torch.equal(logits(fresh, batch), with_lora)
-
-
-def test_lora_under_a_speech_adapter_is_saved_as_if_it_were_alone(tiny_model, tiny_base, batch, tmp_path):
-    add_adapter(tiny_model, "low", LoraConfig(**LORA))
-    with_lora = logits(tiny_model, batch)
-    add_adapter(tiny_model, "alice", small("mlp"))
-    tiny_model.save_adapter(tmp_path, "low")
-
-    assert set(load_file(tmp_path / ADAPTER_WEIGHTS_NAME)) == {
-        "base_model.model.classifier.1.lora_A.weight",
-        "base_model.model.classifier.1.lora_B.weight",
-    }
-    fresh = DeepSpeech2ForCTC.from_pretrained(tiny_base)
-    fresh.load_adapter(str(tmp_path), adapter_name="low")
     assert torch.equal(logits(fresh, batch), with_lora)

@@ -22,9 +22,14 @@ def test_files_replace_those_of_the_same_name_and_leave_others(tmp_path):
 
 def test_an_error_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "replaced").write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), write_whole(tmp_path) as scratch:
-        (scratch / "replaced").write_text("new")
-        raise RuntimeError("half way")
+
+    def fail_half_way() -> None:
+        with write_whole(tmp_path) as scratch:
+            (scratch / "replaced").write_text("new")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
 
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("replaced", "old")]
 

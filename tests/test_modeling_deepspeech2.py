@@ -1,4 +1,4 @@
-"""DeepSpeech2 is the paper's graph: sizes by hand, lengths by brute force, and no row that depends on its neighbours."""
+"""DeepSpeech2 is the paper's graph: sizes by hand, lengths by brute force, rows independent of their neighbours."""
 
 import pytest
 import torch
@@ -104,6 +104,14 @@ def test_features_of_another_shape_are_refused_with_the_right_one(model, shape):
 def test_a_missing_attention_mask_means_that_every_frame_counts(model):
     batch = make_batch(30, 30)
     assert torch.equal(model(batch["input_features"]).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("num_mel_bins", [4, 5, 6, 7, 80, 161, 256])
+def test_width_after_the_convolutions_is_a_convolution_s_own(num_mel_bins):
+    with torch.device("meta"):
+        encoder = DeepSpeech2ForCTC(DeepSpeech2Config(**{**SMALL, "num_mel_bins": num_mel_bins})).encoder
+        brute_force = encoder.conv.layers[3](encoder.conv.layers[0](torch.zeros(1, 1, num_mel_bins, 9))).flatten(1, 2)
+    assert encoder.conv.out_features == brute_force.shape[1] == encoder.rnn_layers[0].in_features
 
 
 def test_mask_frames_zeroes_only_what_lies_beyond_each_row():

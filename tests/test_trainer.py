@@ -42,6 +42,23 @@ class UnreadableDataset(NoiseDataset):
         raise AssertionError(f"utterance {index} was read")
 
 
+class EpochDataset(NoiseDataset):
+    """Other utterances of other lengths in each epoch, as with augmentation."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def lengths(self) -> list[int]:
+        return NoiseDataset.lengths[self.epoch :] + NoiseDataset.lengths[: self.epoch]
+
+    def __getitem__(self, index: int) -> dict:
+        example = super().__getitem__(index)
+        return example | {"input_features": example["input_features"] + 0.1 * self.epoch}
+
+
 def make_trainer(model, folder: Path, processor, *, dataset=None, **settings) -> AdapterTrainer:
     settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.01, "seed": 1} | settings
     args = RecipeTrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **settings)
@@ -155,6 +172,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_base, tiny_processor, t
         assert_same(optimizers[0][parameter], optimizers[1][parameter])
 
 
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.parametrize("stopped_at", [4, 6])
+def test_a_run_resumed_in_a_later_epoch_sees_what_the_uninterrupted_one_saw(
+    tiny_base, tiny_processor, tmp_path, strategy, stopped_at
+):
+    settings = {"max_steps": 10, "save_steps": stopped_at, "save_total_limit": None}  # an epoch has 4 steps
+    settings |= {"train_sampling_strategy": strategy, "save_strategy": "steps"}
+    runs = []
+    for name, checkpoint in (("straight", None), ("resumed", str(tmp_path / "straight" / f"checkpoint-{stopped_at}"))):
+        model = load_base(tiny_base, small(dropout=0.3))
+        trainer = make_trainer(model, tmp_path / name, tiny_processor, dataset=EpochDataset(), **settings)
+        torch.rand(len(name))  # what a process drew before the training must not matter
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(adapter_tensors(model))
+
+    assert_same(*runs)
+
+
 def test_several_active_adapters_are_saved_in_folders_of_their_names(tiny_base, tiny_processor, tmp_path):
     model = load_base(tiny_base, small("bottleneck"), small("mlp"))
     trainer = make_trainer(model, tmp_path, tiny_processor)
@@ -250,6 +285,7 @@ def test_batches_of_similar_length_do_not_read_the_dataset(tiny_base, tiny_proce
 
     assert isinstance(sampler, LengthGroupedSampler)
     order = list(sampler)
+    assert order == list(sampler)
     assert sorted(order) == list(range(8))
     assert order[0] == 7
     groups = [[UnreadableDataset.lengths[index] for index in order[start : start + 4]] for start in (0, 4)]
