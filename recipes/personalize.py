@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoModelForCTC, AutoProcessor, set_seed
+from transformers.utils import CONFIG_NAME
 
 from data.asr import Augmentation, UtteranceDataset, decode_clips
 from data.collators import CTCCollator
@@ -53,13 +54,18 @@ class PersonalArguments:
     )
 
 
+ARGUMENTS = (PersonalArguments, CorpusArguments, Augmentation, RecipeTrainingArguments)
+
+
 def check_output_dir(output_dir: str, *, is_resumed: bool) -> None:
     """
     Makes sure that no adapter is overwritten.
 
     Raises:
-        ValueError: `output_dir` holds an adapter and the training is not resumed.
+        ValueError: `output_dir` holds an adapter or a model, and the training is not resumed.
     """
+    if (Path(output_dir) / CONFIG_NAME).exists():
+        raise ValueError(f"`output_dir` must not hold a model, got {output_dir}. Choose a folder for the adapter alone.")
     if not is_resumed and (Path(output_dir) / ADAPTER_WEIGHTS_NAME).exists():
         raise ValueError(
             f"`output_dir` must not hold another adapter, got {output_dir}. Choose another folder or remove that one."
@@ -127,9 +133,7 @@ def save_outcome(model, processor, personal_args: PersonalArguments, subject: Ca
 
 def main() -> None:
     """Runs the recipe."""
-    personal_args, corpus_args, augmentation, training_args = parse_arguments(
-        PersonalArguments, CorpusArguments, Augmentation, RecipeTrainingArguments
-    )
+    personal_args, corpus_args, augmentation, training_args = parse_arguments(*ARGUMENTS)
     check_output_dir(training_args.output_dir, is_resumed=bool(training_args.resume_from_checkpoint))
     set_seed(training_args.seed)
 

@@ -55,6 +55,9 @@ class TrainingCorpusArguments(CorpusArguments):
     )
 
 
+ARGUMENTS = (ModelArguments, TrainingCorpusArguments, Augmentation, RecipeTrainingArguments)
+
+
 def build_model(arguments: ModelArguments, texts: list[str]) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:
     """Returns the checkpoint's model and processor, or fresh ones with a vocabulary of the characters in `texts`."""
     if arguments.model_name_or_path:
@@ -81,9 +84,7 @@ def build_model(arguments: ModelArguments, texts: list[str]) -> tuple[DeepSpeech
 
 def main() -> None:
     """Runs the recipe."""
-    model_args, corpus_args, augmentation, training_args = parse_arguments(
-        ModelArguments, TrainingCorpusArguments, Augmentation, RecipeTrainingArguments
-    )
+    model_args, corpus_args, augmentation, training_args = parse_arguments(*ARGUMENTS)
     set_seed(training_args.seed)
 
     # Corpus
@@ -123,6 +124,7 @@ def main() -> None:
     scores = evaluate_dataset(model, processor, eval_dataset, batch_size=training_args.per_device_eval_batch_size)
     results = {"eval_wer": scores["overall"]["wer"], "eval_cer": scores["overall"]["cer"]}
     results |= {"train_runtime": train_output.metrics["train_runtime"], "train_seconds": round(train_dataset.seconds, 2)}
+    results |= {"num_train_clips": len(train_clips)}
     results |= {"total_parameters": model.count_parameters()["total"]}
     if trainer.is_world_process_zero():
         print_results(results)

@@ -6,12 +6,18 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the libraries read it: no test may wait for a network
 
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 from transformers import Wav2Vec2CTCTokenizer
 
+from data.synthesis import Voice, synthesize
 from modeling import (
     DeepSpeech2Config,
     DeepSpeech2FeatureExtractor,
@@ -20,6 +26,7 @@ from modeling import (
     SpeechAdapterConfig,
 )
 from modeling.adapters import save_adapter
+from recipes.train_ctc import main as train_ctc_main
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
@@ -99,3 +106,54 @@ def _make_model(vocab_size: int) -> DeepSpeech2ForCTC:
         # A fresh classifier says nearly the same everywhere; a louder one says different letters.
         model.classifier[1].weight.data.mul_(20)
     return model
+
+
+def _run_main(main: Callable[[], None], *tokens: object) -> None:
+    with patch.object(sys, "argv", ["recipe.py", *map(str, tokens)]):
+        main()
+
+
+@pytest.fixture
+def run_recipe_main() -> Callable[..., None]:
+    """Calls a recipe's `main` with a command line."""
+    return _run_main
+
+
+def _write_corpus(folder: Path, voices: dict[str, str], texts: Sequence[str]) -> Path:
+    """Two recordings of each text and voice for training, one for testing, at different speeds."""
+    folder.mkdir()
+    rows = []
+    for speaker, voice in voices.items():
+        for text in texts:
+            for number, rate in enumerate((150, 170, 190)):
+                name = f"{speaker}_{text.replace(' ', '_')}_{number}.wav"
+                soundfile.write(folder / name, synthesize(text, Voice(speaker, voice, rate)), 16_000)
+                rows.append((name, speaker, text, "test" if number == 2 else "train"))
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("file_name", "speaker_id", "text", "split"), *rows])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a corpus of two synthetic speakers, ann and ben, who say three numbers."""
+    voices = {"ann": "en-us+f2", "ben": "en-us+m3"}
+    return _write_corpus(tmp_path_factory.mktemp("small") / "corpus", voices, ["one", "two", "three"])
+
+
+@pytest.fixture(scope="session")
+def korean_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a corpus of one Korean synthetic speaker."""
+    return _write_corpus(tmp_path_factory.mktemp("korean") / "corpus", {"minjun": "ko+m1"}, ["불 켜 줘", "창문 닫아"])
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> Path:
+    """Folder of a recogniser that `train_ctc.py` made of ben's recordings in two steps."""
+    folder = tmp_path_factory.mktemp("small_base")
+    _run_main(
+        train_ctc_main, "--dataset", small_corpus, "--exclude_speakers", "ann", "--num_mel_bins", 16,
+        "--hidden_size", 8, "--num_hidden_layers", 1, "--max_steps", 2, "--save_strategy", "no",
+        "--output_dir", folder,
+    )  # fmt: skip
+    return folder

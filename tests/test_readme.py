@@ -1,0 +1,89 @@
+"""README's tree and commands are true, and every shipped YAML is one its recipe takes."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import HfArgumentParser
+
+from recipes.arguments import parse_arguments
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = ("benchmarks", "data", "modeling", "recipes", "tests", "accelerate_configs", "recipes/configs")
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+LAUNCHERS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+REQUIRED = {"dataset": "synthetic", "model_name_or_path": "base", "speaker_id": "ann", "output_dir": "out"}
+
+
+def bash_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def find_recipe(config: Path) -> str:
+    names = [path.stem for path in (ROOT / "recipes").glob("*.py") if config.stem.startswith(path.stem)]
+    return max(names, key=len)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_readme_tree_names_every_file(room):
+    tree = README[README.index("## Tree") :]
+    files = [path.name for path in (ROOT / room).iterdir() if path.suffix in (".py", ".yaml")]
+    assert [name for name in files if name not in tree and name != "__init__.py"] == []
+
+
+def test_readme_tree_names_no_file_that_is_not_there():
+    tree = README[README.index("## Tree") :]
+    files = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    assert [name for name in re.findall(r"[\w.]+\.(?:py|yaml|md|toml|txt)\b", tree) if name not in files] == []
+
+
+@pytest.mark.parametrize("command", [line for line in bash_commands() if "recipes/" in line])
+def test_readme_recipe_commands_have_flags_that_exist(command, capsys):
+    tokens = shlex.split(command)
+    script = next(token for token in tokens if token.startswith("recipes/") and token.endswith(".py"))
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [script, "--help"])
+        module.main()
+    help_text = capsys.readouterr().out
+    flags = [token for token in tokens[tokens.index(script) :] if token.startswith("--")]
+    assert [flag for flag in flags if flag not in help_text] == []
+    assert all((ROOT / token).is_file() for token in tokens if token.endswith(".yaml"))
+
+
+@pytest.mark.parametrize("command", [line for line in bash_commands() if line.startswith("make ")])
+def test_readme_make_targets_exist(command):
+    assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [line for line in bash_commands() if line.startswith("python -m ")])
+def test_readme_modules_exist(command):
+    assert callable(importlib.import_module(command.split()[2]).main)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_recipe_config_parses(config, tmp_path):
+    arguments = importlib.import_module(f"recipes.{find_recipe(config)}").ARGUMENTS
+    keys = yaml.safe_load(config.read_text())
+    known = {action.dest for action in HfArgumentParser(arguments)._actions}
+    missing = {key: value for key, value in REQUIRED.items() if key in known and key not in keys}
+    missing["output_dir"] = str(tmp_path)
+    tokens = [token for key, value in missing.items() for token in (f"--{key}", value)]
+    parsed = parse_arguments(*arguments, argv=["--config", str(config), *tokens])
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    assert {key: values[key] for key in keys if isinstance(keys[key], (bool, int))} == {
+        key: value for key, value in keys.items() if isinstance(value, (bool, int))
+    }
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
+def test_every_launcher_config_is_one_that_accelerate_reads(launcher):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(launcher)).num_machines >= 1

@@ -1,0 +1,53 @@
+"""The recipe that trains a recogniser, run as its users do, on a few clips of synthetic speech."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer
+
+from modeling import DeepSpeech2ForCTC, JamoCTCTokenizer
+from recipes.train_ctc import main
+
+
+def test_train_ctc_writes_a_model_that_the_auto_classes_load(small_base):
+    model = AutoModelForCTC.from_pretrained(small_base)
+    processor = AutoProcessor.from_pretrained(small_base)
+    assert type(model) is DeepSpeech2ForCTC
+    assert type(processor.tokenizer) is Wav2Vec2CTCTokenizer
+    assert model.config.vocab_size == len(processor.tokenizer)
+    assert processor.decode(processor(text="two one").labels, group_tokens=False) == "two one"
+
+
+def test_train_ctc_reports_error_rates_and_leaves_the_excluded_speaker_out(small_base, small_corpus):
+    results = json.loads((small_base / "eval_results.json").read_text())
+    assert results["eval_wer"] > 0
+    assert results["total_parameters"] == AutoModelForCTC.from_pretrained(small_base).count_parameters()["total"]
+    rows = (small_corpus / "metadata.csv").read_text().splitlines()
+    assert results["num_train_clips"] == sum(",ann," in row and ",train" in row for row in rows) > 0
+
+
+def test_train_ctc_goes_on_from_a_checkpoint(run_recipe_main, small_base, small_corpus, tmp_path):
+    run_recipe_main(
+        main, "--model_name_or_path", small_base, "--dataset", small_corpus, "--output_dir", tmp_path / "out",
+        "--max_steps", 1, "--learning_rate", "1e-9", "--save_strategy", "no",
+    )  # fmt: skip
+    before, after = (AutoModelForCTC.from_pretrained(folder) for folder in (small_base, tmp_path / "out"))
+    torch.testing.assert_close(before.classifier[1].weight, after.classifier[1].weight, atol=1e-6, rtol=0)
+
+
+def test_train_ctc_writes_korean_in_jamo(run_recipe_main, korean_corpus, tmp_path):
+    run_recipe_main(
+        main, "--dataset", korean_corpus, "--text_unit", "jamo", "--num_mel_bins", 16, "--hidden_size", 8,
+        "--num_hidden_layers", 1, "--max_steps", 1, "--save_strategy", "no", "--output_dir", tmp_path,
+    )  # fmt: skip
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor.tokenizer) is JamoCTCTokenizer
+    assert processor.decode(processor(text="불 켜 줘").labels, group_tokens=False) == "불 켜 줘"
+    assert not any("가" <= token <= "힣" for token in processor.tokenizer.get_vocab())
+
+
+def test_train_ctc_refuses_an_excluded_speaker_that_is_unknown(run_recipe_main, small_corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"`speaker_id` must be one of .*\(ann, ben\), got 'zoe'"):
+        run_recipe_main(main, "--dataset", small_corpus, "--exclude_speakers", "zoe", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
