@@ -1,10 +1,16 @@
 """Scores a recogniser, with or without an adapter: WER and CER by speaker and overall.
 
 python recipes/evaluate_asr.py --model_name_or_path BASE --adapter ALICE --dataset DATA --speaker_id alice
+
+With --compare: with the adapter and without, also on the base's own test data; fails where the base has lost.
+
+python recipes/evaluate_asr.py --compare --model_name_or_path BASE --adapter ALICE --dataset DATA --speaker_id alice \\
+    --base_dataset DATA --base_speaker_id bob carol --max_regression 0.02
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -13,10 +19,12 @@ from transformers import ProcessorMixin
 from data.asr import UtteranceDataset, decode_clips
 from data.corpora import load_corpus, select_speakers
 from data.metrics import format_score_table
+from modeling.adapters import adapters_off
 from modeling.files import write_whole
 from recipes.arguments import parse_arguments
 from recipes.beam_search import DecodingArguments, build_decoder
 from recipes.decoding import evaluate_dataset, load_recognizer
+from recipes.report import format_table
 
 ADAPTER_NAME = "adapter"  # any name will do for the only one
 
@@ -35,6 +43,22 @@ class EvaluateArguments:
     seed: int = field(default=0, metadata={"help": "Draws which clips are joined."})
     batch_size: int = field(default=16, metadata={"help": "Utterances recognised together."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the scores; it is replaced."})
+    compare: bool = field(
+        default=False, metadata={"help": "Compare the adapter on and off, also on the base's own test data."}
+    )
+    base_dataset: str | None = field(default=None, metadata={"help": "The base's own data, for --compare."})
+    base_split: str = field(default="test", metadata={"help": "Split of base_dataset."})
+    base_speaker_id: list[str] | None = field(
+        default=None, metadata={"help": "Speakers of base_dataset to evaluate; default: all."}
+    )
+    max_regression: float = field(
+        default=0.02, metadata={"help": "Most WER that the adapter may add on base_dataset; 0.02 is two points."}
+    )
+
+    def __post_init__(self):
+        for name in ("adapter", "base_dataset"):
+            if self.compare and not getattr(self, name):
+                raise ValueError(f"`{name}` must be given with `compare`, got none. Name it or leave out `compare`.")
 
 
 def load_utterances(
@@ -52,7 +76,68 @@ def load_utterances(
     return UtteranceDataset(clips, processor, concatenate=concatenate, seed=arguments.seed)
 
 
+def compare_adapter(score, target: UtteranceDataset, base_domain: UtteranceDataset, model) -> dict[str, dict]:
+    """
+    Returns `{"target": {"on": scores, "off": scores}, "base": likewise}`, overall, with the adapter on and off.
+
+    Args:
+        score: Scores a dataset with the model as it is.
+        target: What the adapter is for.
+        base_domain: What the base was made for.
+        model: The model, its adapter on.
+    """
+    scores = {}
+    for name, dataset in (("target", target), ("base", base_domain)):
+        scores[name] = {"on": score(dataset)["overall"]}
+        with adapters_off(model):
+            scores[name]["off"] = score(dataset)["overall"]
+    return scores
+
+
+def format_comparison(scores: dict[str, dict]) -> str:
+    """Returns the scores of [`compare_adapter`] as a table; `change` is in points of WER."""
+    rows = []
+    for name, pair in scores.items():
+        row = {"data": name, "utterances": pair["on"]["utterances"]}
+        for rate in ("wer", "cer"):
+            row |= {f"{rate.upper()} {state} %": f"{100 * pair[state][rate]:.2f}" for state in ("off", "on")}
+        rows.append(row | {"change": f"{100 * (pair['on']['wer'] - pair['off']['wer']):+.2f}"})
+    return format_table(rows)
+
+
+def write_scores(arguments: EvaluateArguments, scores: dict) -> None:
+    """Writes `scores` and what they are of, if a file is asked for."""
+    if not arguments.output_file:
+        return
+    source = {
+        "model": arguments.model_name_or_path,
+        "adapter": arguments.adapter,
+        "dataset": arguments.dataset,
+        "split": arguments.split,
+    }
+    if arguments.compare:
+        source |= {"base_dataset": arguments.base_dataset, "base_split": arguments.base_split}
+    path = Path(arguments.output_file)
+    with write_whole(path.parent) as folder:
+        (folder / path.name).write_text(json.dumps({**scores, **source}, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_regression(scores: dict[str, dict], max_regression: float) -> None:
+    """
+    Makes sure that the base has not lost.
+
+    Raises:
+        SystemExit: The adapter adds more than `max_regression` to the WER on the base's own data.
+    """
+    regression = scores["base"]["on"]["wer"] - scores["base"]["off"]["wer"]
+    if regression > max_regression:
+        raise SystemExit(
+            f"The adapter adds {regression:.4f} to the base's WER, more than `max_regression` ({max_regression})."
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
+    """Runs the recipe."""
     # Arguments
     arguments, decoding = parse_arguments(EvaluateArguments, DecodingArguments, argv=argv)
 
@@ -62,25 +147,21 @@ def main(argv: list[str] | None = None) -> None:
     decoder = build_decoder(decoding, processor.tokenizer)
 
     # Data
-    dataset = load_utterances(arguments, processor, samples_per_logit=model.config.inputs_to_logits_ratio)
+    load = partial(load_utterances, processor=processor, samples_per_logit=model.config.inputs_to_logits_ratio)
+    dataset = load(arguments)
+    base = {"split": arguments.base_split, "speaker_id": arguments.base_speaker_id}
+    base_dataset = load(replace(arguments, dataset=arguments.base_dataset, **base)) if arguments.compare else None
 
     # Evaluate
-    scores = evaluate_dataset(model, processor, dataset, batch_size=arguments.batch_size, decoder=decoder)
+    score = partial(evaluate_dataset, model, processor, batch_size=arguments.batch_size, decoder=decoder)
+    scores = compare_adapter(score, dataset, base_dataset, model) if arguments.compare else score(dataset)
 
     # Write
-    if not PartialState().is_main_process:
-        return
-    print(format_score_table(scores))
-    if arguments.output_file:
-        source = {
-            "model": arguments.model_name_or_path,
-            "adapter": arguments.adapter,
-            "dataset": arguments.dataset,
-            "split": arguments.split,
-        }
-        path = Path(arguments.output_file)
-        with write_whole(path.parent) as folder:
-            (folder / path.name).write_text(json.dumps({**scores, **source}, indent=2, ensure_ascii=False) + "\n")
+    if PartialState().is_main_process:
+        print(format_comparison(scores) if arguments.compare else format_score_table(scores))
+        write_scores(arguments, scores)
+    if arguments.compare:
+        check_regression(scores, arguments.max_regression)
 
 
 if __name__ == "__main__":

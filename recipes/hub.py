@@ -1,111 +1,254 @@
-"""Model cards of what a recipe made."""
+"""Puts what a recipe made on the Hub: weights, configuration, processor, code and card; nothing of the training.
 
-import platform
-import re
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+python -m recipes.hub outputs/whisper --hub_model_id me/whisper --hub_base_model_id me/base
+"""
+
+import argparse
+import json
+import logging
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from transformers import TrainingArguments
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import CONFIG_NAME
 
-from modeling.files import write_whole
+import modeling.adapters
+from recipes.card import CARD_NAME, is_hub_name, read_subject, render_card
 
-CARD_NAME = "README.md"
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
+logger = logging.getLogger(__name__)
 
-ADAPTER_USAGE = '''\
-```python
-from transformers import AutoModelForCTC, AutoProcessor
-
-model = AutoModelForCTC.from_pretrained("{base}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{base}", trust_remote_code=True)
-model.load_adapter("{repository}")
-```
-'''
+# What may leave the machine, by suffix: pickles (training_args.bin, optimizer states) never do.
+SUFFIXES = (".safetensors", ".json", ".py", ".png", ".jinja", ".txt", ".model")
+# The Trainer's diary names local folders.
+PRIVATE_NAME = "trainer_state.json"
 
 
 @dataclass(frozen=True)
-class CardSubject:
+class HubTarget:
     """
-    What a card is about.
+    Where a folder goes.
 
     Args:
-        base: Name of the base, as the user gave it.
-        dataset: Name of the corpus, likewise.
-        split: Split that the metrics belong to.
-        description: One or two sentences on what was trained.
-        usage: Code that loads it.
-        library: `"peft"` for an adapter, `"transformers"` for a model.
-        picture: File name of a picture of the results in the same folder.
+        repo_id: Repository, `user/name`.
+        is_private: Make it private; None follows the user's default.
+        revision: Branch; None for the default one.
+        base_model_id: Name on the Hub of an adapter's base.
+        base_revision: Commit of the base.
+        token: The user's; None for the one of `hf auth login` or `HF_TOKEN`.
     """
 
-    base: str | None
-    dataset: str
-    split: str
-    description: str
-    usage: str
-    library: str = "peft"
-    picture: str | None = None
+    repo_id: str
+    is_private: bool | None = None
+    revision: str | None = None
+    base_model_id: str | None = None
+    base_revision: str | None = None
+    token: str | None = field(default=None, repr=False)
 
 
-def public_name(name: str) -> str:
+def take_hub_target(
+    training_args: TrainingArguments, *, base: str | None = None, base_model_id: str | None = None
+) -> HubTarget | None:
     """
-    Returns `name` if it is a Hub name or relative; of an absolute path only its last part, so that cards tell nothing
-    about the machine.
+    Returns where the finished folder goes, None if nowhere, after asking the Hub whether it would take it.
 
-    Example:
-
-    ```python
-    >>> from recipes.hub import public_name
-
-    >>> public_name("me/base"), public_name("/home/me/secret/base")
-    ('me/base', 'base')
-
-    ```
-    """
-    path = Path(name).expanduser()
-    return path.name if path.is_absolute() or ".." in path.parts else name
-
-
-def training_command() -> str:
-    """Returns the command line of this process, absolute paths shortened to their last part."""
-    return " ".join(["accelerate launch", *(public_name(token) for token in sys.argv)])
-
-
-def write_card(folder: str | Path, subject: CardSubject, results: Mapping[str, object]) -> None:
-    """
-    Writes `README.md`: metadata with the word error rate for the Hub's index, results, command, versions and usage.
+    The Trainer is left to think that nothing is pushed: it would upload checkpoints and its pickled arguments, which
+    would hold the token.
 
     Args:
-        folder: Output folder of the recipe.
-        subject: What the card is about.
-        results: What `eval_results.json` holds.
+        training_args: Of the recipe; `push_to_hub` is switched off and `hub_token` forgotten.
+        base: The adapter's base, as the user gave it; None for a model.
+        base_model_id: Its name on the Hub, where `base` is a folder.
+
+    Raises:
+        ValueError: As [`check_target`].
     """
-    name = Path(folder).resolve().name
-    dataset = public_name(subject.dataset)
-    base = public_name(subject.base) if subject.base else None
-    metrics = [
-        EvalResult("automatic-speech-recognition", dataset, dataset, metric, results[f"eval_{metric}"], dataset_split=subject.split)
-        for metric in ("wer", "cer")
-    ]
-    data = ModelCardData(
-        model_name=name,
-        base_model=base,
-        library_name=subject.library,
-        pipeline_tag="automatic-speech-recognition",
-        tags=["speech-adapter", "automatic-speech-recognition"],
-        eval_results=metrics,
+    is_wanted, token = training_args.push_to_hub, training_args.hub_token
+    training_args.push_to_hub, training_args.hub_token = False, None
+    if not is_wanted:
+        return None
+    target = HubTarget(
+        training_args.hub_model_id or "",
+        is_private=training_args.hub_private_repo,
+        revision=training_args.hub_revision,
+        base_model_id=base_model_id or (base if base and is_hub_name(base) else None),
+        token=token,
     )
-    rows = "\n".join(f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in results.items())
-    versions = ", ".join([f"python {platform.python_version()}", *(f"{library} {version(library)}" for library in LIBRARIES)])
-    picture = f"![Results]({subject.picture})\n\n" if subject.picture else ""
-    usage = subject.usage.format(base=base, repository=name)
-    text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{subject.description}\n\n{picture}## Results on `{dataset}`, "
-        f"split `{subject.split}`\n\n| name | value |\n| --- | --- |\n{rows}\n\n## Use\n\n{usage}\n"
-        f"## Training\n\n```bash\n{training_command()}\n```\n\n{versions}\n"
+    return check_target(target, needs_base=base is not None) if training_args.process_index == 0 else target
+
+
+def check_target(target: HubTarget, *, needs_base: bool) -> HubTarget:
+    """
+    Returns `target` with the user's name and the base's commit filled in; nothing is made on the Hub yet.
+
+    Args:
+        target: Where a folder shall go.
+        needs_base: It holds an adapter.
+
+    Raises:
+        ValueError: A name is no Hub name or not the user's, a base is needed and not given or not on the Hub, the
+            token is missing, wrong or allows no writing, or the Hub cannot be reached.
+    """
+    _check_repo_id(target.repo_id, "hub_model_id")
+    if needs_base and not target.base_model_id:
+        raise ValueError(
+            "`hub_base_model_id` must name the base on the Hub, got none and a base that is a folder here. Push the "
+            "base first, then give its name."
+        )
+    api = HfApi(token=target.token)
+    try:
+        user = api.whoami()
+    except (OSError, HTTPError) as error:
+        raise ValueError(_explain(error, api)) from error
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError("`hub_token` must allow writing, got a token of role 'read'. Make one of role 'write'.")
+    repo_id = target.repo_id if "/" in target.repo_id else f"{user['name']}/{target.repo_id}"
+    names = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    if repo_id.split("/")[0] not in names:
+        raise ValueError(f"`hub_model_id` must begin with one of {', '.join(names)}, got {repo_id!r}.")
+    target = replace(target, repo_id=repo_id)
+    return _find_base(target, api) if target.base_model_id else target
+
+
+def _find_base(target: HubTarget, api: HfApi) -> HubTarget:
+    _check_repo_id(target.base_model_id, "hub_base_model_id")
+    try:
+        info = api.model_info(target.base_model_id, revision=target.base_revision)
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"`hub_base_model_id` must be a model on the Hub, got {target.base_model_id!r}. Push the base first."
+        ) from error
+    except (OSError, HTTPError) as error:
+        raise ValueError(_explain(error, api)) from error
+    return replace(target, base_revision=info.sha)
+
+
+def _check_repo_id(repo_id: str, flag: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        is_valid = bool(repo_id)
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"`{flag}` must be a name on the Hub such as me/model, got {repo_id!r}. Paths are none.")
+
+
+def _explain(error: Exception, api: HfApi) -> str:
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return "`hub_token` must be a valid token of the Hub, got one that it refused. Make one in its settings."
+    if isinstance(error, HfHubHTTPError):
+        return f"The Hub at {api.endpoint} answered {error.response.status_code}. Try again, or leave out the push."
+    if isinstance(error, HTTPError | ConnectionError):
+        return f"The Hub at {api.endpoint} must be reachable ({error}). Go online, or leave out the push."
+    return "`hub_token` must be given to push. Give it, set HF_TOKEN, or run `hf auth login`."
+
+
+def collect_files(folder: str | Path, target: HubTarget) -> dict[str, Path | bytes]:
+    """
+    Returns what of `folder` goes to the Hub, name to file or content: an adapter with its base's name and its code.
+
+    Raises:
+        ValueError: `folder` holds neither a model nor an adapter.
+    """
+    folder = Path(folder)
+    files: dict[str, Path | bytes] = {
+        path.name: path
+        for path in sorted(folder.glob("[!.]*"))
+        if path.is_file() and (path.suffix in SUFFIXES or path.name == CARD_NAME) and path.name != PRIVATE_NAME
+    }
+    if not files.keys() & {ADAPTER_CONFIG_NAME, CONFIG_NAME}:
+        raise ValueError(f"`folder` must hold an adapter or a model, got {folder}. Name the output of a recipe.")
+    if subject := read_subject(folder):
+        if target.base_model_id:
+            subject = replace(subject, base=target.base_model_id, base_revision=target.base_revision)
+        elif subject.base and not is_hub_name(subject.base):
+            subject = replace(subject, base=None)  # a folder here means nothing there
+        files[CARD_NAME] = render_card(folder, subject, repository=target.repo_id).encode()
+    elif CARD_NAME not in files:
+        logger.warning("%s has no %s; the repository gets no card.", folder, CARD_NAME)
+    if ADAPTER_CONFIG_NAME in files:
+        config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+        config |= {"base_model_name_or_path": target.base_model_id, "revision": target.base_revision}
+        files[ADAPTER_CONFIG_NAME] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        files |= adapter_code()
+    return files
+
+
+def adapter_code() -> dict[str, Path]:
+    """Returns the file of the adapters and those that it imports: without them a stock model knows no such adapter."""
+    path = Path(modeling.adapters.__file__)
+    return {file.name: file for file in [path, *map(Path, get_relative_import_files(path))]}
+
+
+def push_folder(folder: str | Path, target: HubTarget) -> str:
+    """
+    Uploads the finished `folder` in one commit and returns its address.
+
+    Args:
+        folder: Output folder of a recipe.
+        target: From [`take_hub_target`] or [`check_target`].
+
+    Raises:
+        ValueError: As [`collect_files`]; or the repository is public where a private one is asked for; or the Hub
+            refuses or is not there. The folder stays as it is.
+    """
+    operations = [CommitOperationAdd(name, content) for name, content in collect_files(folder, target).items()]
+    api = HfApi(token=target.token)
+    try:
+        api.create_repo(target.repo_id, private=target.is_private, exist_ok=True)
+        if target.is_private and not api.model_info(target.repo_id).private:
+            raise ValueError(
+                f"`hub_private_repo` asks for a private repository, but {target.repo_id} is there and public. Choose "
+                "another name or change its settings."
+            )
+        if target.revision:
+            api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
+        message = f"Upload {Path(folder).resolve().name}"
+        commit = api.create_commit(target.repo_id, operations, commit_message=message, revision=target.revision)
+    except (OSError, HTTPError) as error:
+        remedy = "The folder is whole; push it with `python -m recipes.hub`."
+        raise ValueError(f"{_explain(error, api)} {remedy}") from error
+    return commit.commit_url
+
+
+def parse_command(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the folder and the flags, which are those of the recipes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="Output folder of a recipe.")
+    parser.add_argument("--hub_model_id", required=True, help="Repository to push to, such as me/speaker.")
+    parser.add_argument("--hub_private_repo", action="store_true", default=None, help="Make it private.")
+    parser.add_argument("--hub_revision", help="Branch to push to.")
+    parser.add_argument("--hub_base_model_id", help="The adapter's base on the Hub, where it was a folder here.")
+    parser.add_argument("--hub_token", help="Token; default: HF_TOKEN or that of `hf auth login`.")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Pushes a folder that was trained earlier."""
+    arguments = parse_command(argv)
+
+    # Where to
+    config_path = arguments.folder / ADAPTER_CONFIG_NAME
+    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+    base = config.get("base_model_name_or_path")
+    is_same_base = arguments.hub_base_model_id in (None, base)
+    target = HubTarget(
+        arguments.hub_model_id,
+        is_private=arguments.hub_private_repo,
+        revision=arguments.hub_revision,
+        base_model_id=arguments.hub_base_model_id or (base if base and is_hub_name(base) else None),
+        base_revision=config.get("revision") if is_same_base else None,
+        token=arguments.hub_token,
     )
-    with write_whole(folder) as scratch:
-        ModelCard(re.sub(r"\n{3,}", "\n\n", text)).save(scratch / CARD_NAME)
+    target = check_target(target, needs_base=bool(config))
+
+    # Push
+    print(push_folder(arguments.folder, target))
+
+
+if __name__ == "__main__":
+    main()

@@ -19,8 +19,9 @@ from data.corpora import load_corpus, select_speakers, take_seconds
 from modeling import SpeechAdapterConfig
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, KINDS, adapters_off, save_adapter
 from recipes.arguments import CorpusArguments, parse_arguments
+from recipes.card import CardArguments, CardSubject, public_name, write_card
 from recipes.decoding import evaluate_dataset, load_adapter
-from recipes.hub import ADAPTER_USAGE, CardSubject, write_card
+from recipes.hub import HubTarget, push_folder, take_hub_target
 from recipes.report import draw_before_after, print_results, write_results
 from recipes.trainer import AdapterTrainer, RecipeTrainingArguments, check_trainable
 
@@ -52,9 +53,15 @@ class PersonalArguments:
     unfreeze_base: bool = field(
         default=False, metadata={"help": "Fine-tune the whole model without an adapter, for comparison."}
     )
+    base_eval_speakers: list[str] | None = field(
+        default=None, metadata={"help": "Speakers of the base on whom it is evaluated too, before and after."}
+    )
+    hub_base_model_id: str | None = field(
+        default=None, metadata={"help": "Name of the base on the Hub, to push an adapter of a base in a folder."}
+    )
 
 
-ARGUMENTS = (PersonalArguments, CorpusArguments, Augmentation, RecipeTrainingArguments)
+ARGUMENTS = (PersonalArguments, CorpusArguments, Augmentation, CardArguments, RecipeTrainingArguments)
 
 
 def check_output_dir(output_dir: str, *, is_resumed: bool) -> None:
@@ -65,7 +72,9 @@ def check_output_dir(output_dir: str, *, is_resumed: bool) -> None:
         ValueError: `output_dir` holds an adapter or a model, and the training is not resumed.
     """
     if (Path(output_dir) / CONFIG_NAME).exists():
-        raise ValueError(f"`output_dir` must not hold a model, got {output_dir}. Choose a folder for the adapter alone.")
+        raise ValueError(
+            f"`output_dir` must not hold a model, got {output_dir}. Choose a folder for the adapter alone."
+        )
     if not is_resumed and (Path(output_dir) / ADAPTER_WEIGHTS_NAME).exists():
         raise ValueError(
             f"`output_dir` must not hold another adapter, got {output_dir}. Choose another folder or remove that one."
@@ -84,9 +93,11 @@ def add_personal_adapter(model, arguments: PersonalArguments) -> None:
             kind=arguments.adapter_kind,
             hidden_sizes=arguments.adapter_hidden_sizes or HIDDEN_SIZES[arguments.adapter_kind],
             dropout=arguments.adapter_dropout,
-            base_model_name_or_path=arguments.model_name_or_path,
         )
         model.add_adapter(config, ADAPTER_NAME)
+    if not arguments.unfreeze_base:
+        # The file travels: it names the base, not where this machine keeps it.
+        model.peft_config[ADAPTER_NAME].base_model_name_or_path = public_name(arguments.model_name_or_path)
 
 
 def load_speaker(arguments: PersonalArguments, corpus_args: CorpusArguments, *, seed: int) -> tuple[Dataset, Dataset]:
@@ -103,18 +114,56 @@ def load_speaker(arguments: PersonalArguments, corpus_args: CorpusArguments, *, 
     return train_corpus, eval_corpus
 
 
-def collect_results(model, base_scores: dict, scores: dict, train_metrics: dict) -> dict:
-    """Returns what `eval_results.json` reports of scores before and after and of what was trained."""
-    trainable = model.count_parameters(trainable_only=True)["total"]
+def load_base_speakers(arguments: PersonalArguments, corpus_args: CorpusArguments) -> Dataset | None:
+    """Returns the evaluation rows of the base's speakers, if any are named."""
+    if not arguments.base_eval_speakers:
+        return None
+    columns = ("audio", "text", "speaker_id")
+    corpus = load_corpus(corpus_args.dataset, split=corpus_args.eval_split, required_columns=columns)
+    return select_speakers(corpus, arguments.base_eval_speakers)
+
+
+def score_datasets(model, processor, datasets: dict[str, UtteranceDataset], batch_size: int) -> dict[str, dict]:
+    """Returns the overall scores of each dataset."""
     return {
-        "base_wer": base_scores["wer"],
-        "eval_wer": scores["wer"],
-        "base_cer": base_scores["cer"],
-        "eval_cer": scores["cer"],
-        "trainable_parameters": trainable,
+        name: evaluate_dataset(model, processor, dataset, batch_size=batch_size)["overall"]
+        for name, dataset in datasets.items()
+    }
+
+
+def collect_results(model, before: dict[str, dict], after: dict[str, dict], train_metrics: dict) -> dict:
+    """
+    Returns what `eval_results.json` reports of scores before and after and of what was trained.
+
+    Args:
+        model: The trained model.
+        before: Scores without the adapter: of the speaker at `""`, of the base's speakers at `"others_"`.
+        after: Scores with it, likewise.
+        train_metrics: Of the Trainer.
+    """
+    results = {}
+    for prefix in before:
+        for rate in ("wer", "cer"):
+            results |= {f"{prefix}base_{rate}": before[prefix][rate], f"{prefix}eval_{rate}": after[prefix][rate]}
+    return results | {
+        "trainable_parameters": model.count_parameters(trainable_only=True)["total"],
         "total_parameters": model.count_parameters()["total"],
         "train_runtime": train_metrics["train_runtime"],
     }
+
+
+def describe_run(personal_args, corpus_args, card_args, hub_target: HubTarget | None, seconds: float) -> CardSubject:
+    """Returns what the card is about."""
+    return CardSubject(
+        base=personal_args.model_name_or_path,
+        base_revision=hub_target.base_revision if hub_target else None,
+        dataset=corpus_args.dataset,
+        split=corpus_args.eval_split,
+        description=f"Speech adapter for one speaker, trained on {seconds:.0f} s of speech.",
+        language=card_args.language,
+        dataset_licence=card_args.dataset_licence,
+        picture="results.png",
+    )
 
 
 def save_outcome(model, processor, personal_args: PersonalArguments, subject: CardSubject, folder: str, results: dict):
@@ -125,16 +174,20 @@ def save_outcome(model, processor, personal_args: PersonalArguments, subject: Ca
     else:
         save_adapter(model, folder, ADAPTER_NAME)
         results["adapter_bytes"] = (Path(folder) / ADAPTER_WEIGHTS_NAME).stat().st_size
+    if personal_args.base_eval_speakers:
+        results["base_eval_speakers"] = personal_args.base_eval_speakers
     write_results(folder, results)
     before_after = {"before": [results["base_wer"]], "after": [results["eval_wer"]]}
     draw_before_after(Path(folder) / subject.picture, names=[personal_args.speaker_id], **before_after)
-    write_card(folder, subject, results)
+    write_card(folder, subject)
 
 
 def main() -> None:
     """Runs the recipe."""
-    personal_args, corpus_args, augmentation, training_args = parse_arguments(*ARGUMENTS)
+    personal_args, corpus_args, augmentation, card_args, training_args = parse_arguments(*ARGUMENTS)
     check_output_dir(training_args.output_dir, is_resumed=bool(training_args.resume_from_checkpoint))
+    base = None if personal_args.unfreeze_base else personal_args.model_name_or_path
+    hub_target = take_hub_target(training_args, base=base, base_model_id=personal_args.hub_base_model_id)
     set_seed(training_args.seed)
 
     # Model and adapter
@@ -151,9 +204,10 @@ def main() -> None:
     train_clips = decode_clips(train_corpus, **decode, max_speed=augmentation.max_speed)
     train_dataset = UtteranceDataset(train_clips, augmentation=augmentation, **join)
     eval_dataset = UtteranceDataset(decode_clips(eval_corpus, **decode), **join)
-    score = partial(
-        evaluate_dataset, model, processor, eval_dataset, batch_size=training_args.per_device_eval_batch_size
-    )
+    eval_datasets = {"": eval_dataset}
+    if others := load_base_speakers(personal_args, corpus_args):
+        eval_datasets["others_"] = UtteranceDataset(decode_clips(others, **decode), **join)
+    score = partial(score_datasets, model, processor, eval_datasets, training_args.per_device_eval_batch_size)
     with adapters_off(model):
         base_scores = score()
 
@@ -171,19 +225,17 @@ def main() -> None:
     train_output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     # Evaluate and save
-    results = collect_results(model, base_scores["overall"], score()["overall"], train_output.metrics)
+    results = collect_results(model, base_scores, score(), train_output.metrics)
     results |= {"speaker_id": personal_args.speaker_id, "train_seconds": round(train_dataset.seconds, 2)}
-    subject = CardSubject(
-        base=personal_args.model_name_or_path,
-        dataset=corpus_args.dataset,
-        split=corpus_args.eval_split,
-        description=f"Speech adapter for one speaker, trained on {train_dataset.seconds:.0f} s of speech.",
-        usage=ADAPTER_USAGE,
-        picture="results.png",
-    )
-    if trainer.is_world_process_zero():
-        save_outcome(model, processor, personal_args, subject, training_args.output_dir, results)
-        print_results(results)
+    if not trainer.is_world_process_zero():
+        return
+    subject = describe_run(personal_args, corpus_args, card_args, hub_target, train_dataset.seconds)
+    save_outcome(model, processor, personal_args, subject, training_args.output_dir, results)
+    print_results(results)
+
+    # Push
+    if hub_target:
+        print(push_folder(training_args.output_dir, hub_target))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from modeling import (
     JamoCTCTokenizer,
 )
 from recipes.arguments import CorpusArguments, parse_arguments
+from recipes.card import CardArguments, CardSubject, write_card
 from recipes.decoding import evaluate_dataset
+from recipes.hub import push_folder, take_hub_target
 from recipes.report import print_results, write_results
 from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
 
@@ -39,7 +41,10 @@ class ModelArguments:
     hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout between recurrent layers."})
     normalization: str = field(
         default="utterance",
-        metadata={"help": "Features have mean 0 and deviation 1 over the utterance or bin.", "choices": ["utterance", "bin"]},
+        metadata={
+            "help": "Features have mean 0 and deviation 1 over the utterance or bin.",
+            "choices": ["utterance", "bin"],
+        },
     )
     text_unit: str = field(
         default="character", metadata={"help": "What a class writes; jamo for Korean.", "choices": list(TEXT_UNITS)}
@@ -55,7 +60,7 @@ class TrainingCorpusArguments(CorpusArguments):
     )
 
 
-ARGUMENTS = (ModelArguments, TrainingCorpusArguments, Augmentation, RecipeTrainingArguments)
+ARGUMENTS = (ModelArguments, TrainingCorpusArguments, Augmentation, CardArguments, RecipeTrainingArguments)
 
 
 def build_model(arguments: ModelArguments, texts: list[str]) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:
@@ -82,9 +87,22 @@ def build_model(arguments: ModelArguments, texts: list[str]) -> tuple[DeepSpeech
     return DeepSpeech2ForCTC(config), DeepSpeech2Processor(extractor, tokenizer)
 
 
+def describe_run(model_args, corpus_args, card_args: CardArguments, seconds: float) -> CardSubject:
+    """Returns what the card is about."""
+    return CardSubject(
+        base=model_args.model_name_or_path,
+        dataset=corpus_args.dataset,
+        split=corpus_args.eval_split,
+        description=f"DeepSpeech2 recogniser, trained with CTC on {seconds / 3600:.2g} hours of speech.",
+        language=card_args.language,
+        dataset_licence=card_args.dataset_licence,
+    )
+
+
 def main() -> None:
     """Runs the recipe."""
-    model_args, corpus_args, augmentation, training_args = parse_arguments(*ARGUMENTS)
+    model_args, corpus_args, augmentation, card_args, training_args = parse_arguments(*ARGUMENTS)
+    hub_target = take_hub_target(training_args)
     set_seed(training_args.seed)
 
     # Corpus
@@ -123,12 +141,21 @@ def main() -> None:
     # Evaluate
     scores = evaluate_dataset(model, processor, eval_dataset, batch_size=training_args.per_device_eval_batch_size)
     results = {"eval_wer": scores["overall"]["wer"], "eval_cer": scores["overall"]["cer"]}
-    results |= {"train_runtime": train_output.metrics["train_runtime"], "train_seconds": round(train_dataset.seconds, 2)}
+    results |= {
+        "train_runtime": train_output.metrics["train_runtime"],
+        "train_seconds": round(train_dataset.seconds, 2),
+    }
     results |= {"num_train_clips": len(train_clips)}
     results |= {"total_parameters": model.count_parameters()["total"]}
-    if trainer.is_world_process_zero():
-        print_results(results)
-        write_results(training_args.output_dir, results)
+    if not trainer.is_world_process_zero():
+        return
+    print_results(results)
+    write_results(training_args.output_dir, results)
+    write_card(training_args.output_dir, describe_run(model_args, corpus_args, card_args, train_dataset.seconds))
+
+    # Push
+    if hub_target:
+        print(push_folder(training_args.output_dir, hub_target))
 
 
 if __name__ == "__main__":
