@@ -11,6 +11,8 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
+DATASET ?= fsdd
+
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.personalization --dataset $(DATASET) --output_dir outputs/personalization
 

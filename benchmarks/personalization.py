@@ -41,27 +41,15 @@ def measure_speaker(dataset: str, speaker: str, others: list[str], folder: Path)
                 dataset=dataset,
                 speaker_id=speaker,
                 max_train_seconds=seconds,
+                base_eval_speakers=others,
                 output_dir=output,
-            )
-        others_file = output / "base_speakers.json"
-        if not others_file.exists():
-            run_recipe(
-                "evaluate_asr",
-                model_name_or_path=base,
-                adapter=output,
-                dataset=dataset,
-                speaker_id=others,
-                concatenate_max=4,
-                output_file=others_file,
             )
         rows.append(
             {
                 "speaker": speaker,
                 "seconds": seconds,
-                **read_json(output / "eval_results.json"),
-                "base_train_seconds": base_results["train_runtime"],
-                "others_base_wer": base_results["eval_wer"],
-                "others_wer": read_json(others_file)["overall"]["wer"],
+                **{key: value for key, value in read_json(output / "eval_results.json").items() if key != "run"},
+                "base_train_runtime": base_results["train_runtime"],
             }
         )
     return rows
@@ -84,7 +72,7 @@ def summarize(rows: list[dict]) -> str:
                 "WER after": f"{mean(row['eval_wer'] for row in group):.1%}",
                 "relative reduction": f"{mean(map(reduction, group)):.1%}",
                 "base speakers' WER, adapter off": f"{mean(row['others_base_wer'] for row in group):.1%}",
-                "adapter on": f"{mean(row['others_wer'] for row in group):.1%}",
+                "adapter on": f"{mean(row['others_eval_wer'] for row in group):.1%}",
                 "training": f"{mean(row['train_runtime'] for row in group):.0f} s",
             }
         )
@@ -94,7 +82,7 @@ def summarize(rows: list[dict]) -> str:
             "WER before": f"{group[0]['base_wer']:.1%}",
             **{f"{row['seconds']} s": f"{row['eval_wer']:.1%} (-{reduction(row):.0%})" for row in group},
             "adapter share": f"{group[0]['trainable_parameters'] / group[0]['total_parameters']:.2%}",
-            "base training": f"{group[0]['base_train_seconds'] / 60:.1f} min",
+            "base training": f"{group[0]['base_train_runtime'] / 60:.1f} min",
         }
         for speaker in dict.fromkeys(row["speaker"] for row in rows)
         if (group := [row for row in rows if row["speaker"] == speaker])

@@ -111,9 +111,7 @@ def decode_clips(
     labels = tokenizer(texts).input_ids
     for column, values in (("name", names), ("speaker_id", list(speakers)), ("text", texts), ("labels", labels)):
         table = table.add_column(column, values)
-    return drop_infeasible(
-        table, samples_per_logit=samples_per_logit, max_speed=max_speed, is_joined=is_joined
-    )
+    return drop_infeasible(table, samples_per_logit=samples_per_logit, max_speed=max_speed, is_joined=is_joined)
 
 
 def read_clip(row: dict, *, sampling_rate: int) -> dict:

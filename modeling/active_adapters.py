@@ -20,6 +20,16 @@ def check_adapter_name(name: str) -> str:
 
     Raises:
         ValueError: It is not 1 to 64 letters, digits, `_` or `-`, or is an attribute of `nn.ModuleDict`.
+
+    Example:
+
+    ```python
+    >>> from modeling.adapters import check_adapter_name
+
+    >>> check_adapter_name("alice")
+    'alice'
+
+    ```
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]{1,64}", name):
         raise ValueError(

@@ -9,28 +9,52 @@ A speech adapter is injected by module name and used through the library's verbs
     replacement  MLP(x)                                       random, or an imported head
 """
 
-import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType, get_peft_model_state_dict, register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save as serialize_tensors
+from peft.utils import PeftType, register_peft_method
 from torch import nn
+from transformers import ProcessorMixin
 
-from .files import write_whole
+from .active_adapters import (
+    BASE,
+    adapter_rows,
+    adapters_off,
+    check_adapter_name,
+    find_active_adapters,
+    find_adapter_layers,
+    is_adapter_parameter,
+)
+from .adapter_files import ADAPTER_WEIGHTS_NAME, name_on_disk, save_adapter
+from .adapter_loading import load_speech_adapter
 
-# A row of `adapter_rows` with this name runs the base alone; PEFT's own word for it.
-BASE = "__base__"
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+__all__ = [
+    "ADAPTER_WEIGHTS_NAME",
+    "BASE",
+    "KINDS",
+    "SPEECH_ADAPTER",
+    "SpeechAdapterConfig",
+    "SpeechAdapterLayer",
+    "SpeechAdapterMixin",
+    "SpeechAdapterModel",
+    "adapter_rows",
+    "adapters_off",
+    "check_adapter_name",
+    "find_active_adapters",
+    "find_adapter_layers",
+    "is_adapter_parameter",
+    "load_speech_adapter",
+    "name_on_disk",
+    "save_adapter",
+]
+
 KINDS = ("mlp", "bottleneck", "replacement")
 DEFAULT_HIDDEN_SIZES = {"mlp": [512, 256], "replacement": [512, 256], "bottleneck": [64]}
 # Modules that a kind wraps in this project's models, as regular expressions over whole module names.
@@ -70,9 +94,12 @@ class SpeechAdapterConfig(PeftConfig):
         exclude_modules: Names not to wrap, likewise.
         hidden_sizes: Widths of the hidden layers; a bottleneck has one. Default: `[512, 256]`, bottleneck `[64]`.
         dropout: Dropout after every hidden layer while training.
+        base_fingerprint: What the base is, filled in when the adapter is saved; see `fingerprint.py`.
+        base_mismatch_allowed: Whether the adapter has been put on another base on purpose.
 
     Raises:
-        ValueError: An unknown kind, widths that are no positive integers, or a dropout outside [0, 1).
+        ValueError: An unknown kind, widths that are no positive integers, a dropout outside [0, 1), modules that are
+            neither names nor a regular expression, or a value of another type.
 
     Example:
 
@@ -92,6 +119,8 @@ class SpeechAdapterConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "modules not to wrap"})
     hidden_sizes: list[int] | None = field(default=None, metadata={"help": "widths of the hidden layers"})
     dropout: float = field(default=0.1, metadata={"help": "dropout after every hidden layer"})
+    base_fingerprint: dict | None = field(default=None, metadata={"help": "what the base is"})
+    base_mismatch_allowed: bool = field(default=False, metadata={"help": "was put on another base on purpose"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,8 +136,40 @@ class SpeechAdapterConfig(PeftConfig):
             raise ValueError(f"`hidden_sizes` of a bottleneck must be one width, got {self.hidden_sizes}.")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be from 0 to below 1, got {self.dropout!r}.")
+        if not isinstance(self.base_fingerprint, (dict, type(None))) or type(self.base_mismatch_allowed) is not bool:
+            raise ValueError(
+                "`base_fingerprint` must be a dict and `base_mismatch_allowed` true or false, got "
+                f"{self.base_fingerprint!r} and {self.base_mismatch_allowed!r}."
+            )
+        check_module_names("target_modules", self.target_modules)
+        check_module_names("exclude_modules", self.exclude_modules)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+
+
+def check_module_names(argument: str, names: object) -> None:
+    r"""
+    Makes sure that `names` is `None`, a regular expression, or a list, set or tuple of names.
+
+    Raises:
+        ValueError: It is not.
+
+    Example:
+
+    ```python
+    >>> from modeling.adapters import check_module_names
+
+    >>> check_module_names("target_modules", r"encoder\.(conv|rnn_layers\.\d+)")
+
+    ```
+    """
+    try:
+        is_legal = names is None or (isinstance(names, str) and re.compile(names))
+    except re.error as error:
+        raise ValueError(f"`{argument}` must be names or a regular expression, got {names!r} ({error}).") from error
+    is_list = isinstance(names, (list, set, tuple)) and all(isinstance(name, str) for name in names)
+    if not is_legal and not is_list:
+        raise ValueError(f"`{argument}` must be names or a regular expression, got {names!r}.")
 
 
 class MLPBlock(nn.Sequential):
@@ -265,9 +326,15 @@ class SpeechAdapterModel(BaseTuner):
 class SpeechAdapterMixin:
     """What transformers' own verbs lack; stands before `PreTrainedModel` in a model's bases."""
 
-    def save_adapter(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
+    def save_adapter(
+        self,
+        save_directory: str | Path,
+        adapter_name: str | None = None,
+        *,
+        processor: ProcessorMixin | None = None,
+    ) -> None:
         """As [`save_adapter`]."""
-        save_adapter(self, save_directory, adapter_name)
+        save_adapter(self, save_directory, adapter_name, processor=processor)
 
     def adapter_rows(self, adapter_names: Sequence[str] | None):
         """As [`adapter_rows`]."""
@@ -277,10 +344,22 @@ class SpeechAdapterMixin:
         """As transformers', which would note a refused adapter as added."""
         super().add_adapter(adapter_config, check_adapter_name(adapter_name))
 
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
-        """As transformers', which would note a refused adapter as added."""
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+        """
+        As transformers', with the checks and the arguments of [`load_speech_adapter`].
+
+        A configuration and tensors that the caller gives, and a hot swap, go to transformers unchecked.
+        """
         name = "default" if adapter_name is None else check_adapter_name(adapter_name)
-        return super().load_adapter(peft_model_id, name, **kwargs)
+        is_swap = kwargs.get("hotswap", "auto") is True or getattr(self, "_hotswap_enabled", False)
+        is_given = args or {"peft_config", "adapter_state_dict"} & kwargs.keys()
+        if peft_model_id is None or is_given or is_swap:
+            return super().load_adapter(peft_model_id, name, *args, **kwargs)
+        for without_meaning in ("hotswap", "low_cpu_mem_usage"):
+            kwargs.pop(without_meaning, None)
+        download_kwargs = getattr(kwargs.get("load_config"), "download_kwargs", None) or {}
+        kwargs |= kwargs.pop("adapter_kwargs", None) or {}
+        return load_speech_adapter(self, peft_model_id, name, **{**download_kwargs, **kwargs})
 
     def active_adapters(self) -> list[str]:
         """Names of the active adapters; none where no adapter was ever added."""

@@ -35,6 +35,7 @@ def write_whole(folder: str | Path) -> Iterator[Path]:
         for path in scratch.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        shutil.copymode(folder, scratch)  # whoever may read the folder may read the files that move
         finish_moving(folder)
         scratch.rename(folder / PENDING_FOLDER)
         finish_moving(folder)
@@ -43,16 +44,17 @@ def write_whole(folder: str | Path) -> Iterator[Path]:
 
 
 def finish_moving(folder: str | Path) -> None:
-    """Moves the files into `folder` that a killed [`write_whole`] has left to move."""
-    pending = Path(folder) / PENDING_FOLDER
-    if pending.is_dir():
-        for path in sorted(pending.iterdir()):
-            os.replace(path, Path(folder) / path.name)
-        pending.rmdir()
+    """Moves the files into `folder` that a killed [`write_whole`] has left to move; several processes may try."""
+    folder = Path(folder)
+    with suppress(FileNotFoundError):
+        for path in sorted((folder / PENDING_FOLDER).iterdir()):
+            with suppress(FileNotFoundError):
+                os.replace(path, folder / path.name)
+        (folder / PENDING_FOLDER).rmdir()
 
 
 def find_whole(folder: str | Path, name: str) -> Path:
-    """Returns where the newest whole file `name` of `folder` is; it may not be there at all."""
+    """Returns where the newest whole file `name` of `folder` is, or where it would be if there is none."""
     with suppress(OSError):  # a reader may not be allowed to write
         finish_moving(folder)
     pending = Path(folder) / PENDING_FOLDER / name

@@ -15,6 +15,10 @@ import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modeling.adapter_files import SavedAdapter
 
 # `list` answers at once: what needs torch is imported by the commands that need it.
 CONFIG_NAME = "adapter_config.json"
@@ -146,8 +150,9 @@ def merge_adapters(folders: Sequence[Path], output_dir: Path, weights: Sequence[
     Source: Wortsman et al., "Model soups" (arXiv 2203.05482), section 2.
     """
     import torch
-    from safetensors.torch import load_file, save
+    from safetensors.torch import save
 
+    from modeling.adapter_files import read_adapter
     from modeling.adapters import check_adapter_name
     from modeling.files import write_whole
 
@@ -155,9 +160,9 @@ def merge_adapters(folders: Sequence[Path], output_dir: Path, weights: Sequence[
     check_adapter_name(output_dir.name)
     if os.path.lexists(output_dir):
         raise ValueError(f"`output_dir` must be a new folder, got {output_dir}, which exists. Choose another.")
-    configs = [json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) for folder in folders]
-    _check_alike(folders, configs)
-    states = [load_file(folder / WEIGHTS_NAME) for folder in folders]
+    adapters = [read_adapter(folder) for folder in folders]
+    _check_alike(adapters)
+    states = [adapter.tensors for adapter in adapters]
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
     for folder, found in zip(folders, shapes, strict=True):
         if found != shapes[0]:
@@ -170,7 +175,7 @@ def merge_adapters(folders: Sequence[Path], output_dir: Path, weights: Sequence[
     mean = {name: tensor.to(states[0][name].dtype).contiguous() for name, tensor in mean.items()}
     with write_whole(output_dir) as scratch:
         (scratch / WEIGHTS_NAME).write_bytes(save(mean, metadata={"format": "pt"}))
-        (scratch / CONFIG_NAME).write_text(json.dumps(configs[0], indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.copyfile(folders[0] / CONFIG_NAME, scratch / CONFIG_NAME)
 
 
 def _check_weights(weights: Sequence[float] | None, num_adapters: int) -> list[float]:
@@ -182,24 +187,24 @@ def _check_weights(weights: Sequence[float] | None, num_adapters: int) -> list[f
     return [weight / sum(weights) for weight in weights]
 
 
-def _check_alike(folders: Sequence[Path], configs: Sequence[dict]) -> None:
-    for folder, config in zip(folders[1:], configs[1:], strict=True):
-        for key in sorted((config.keys() | configs[0].keys()) - FREE_ENTRIES):
-            ours, theirs = configs[0].get(key), config.get(key)
-            if isinstance(ours, list) and isinstance(theirs, list) and key.endswith("_modules"):
-                ours, theirs = sorted(ours), sorted(theirs)  # sets on the way to JSON
-            if ours != theirs:
+def _check_alike(adapters: "Sequence[SavedAdapter]") -> None:
+    first, *others = adapters
+    for other in others:
+        ours, theirs = first.config.to_dict(), other.config.to_dict()
+        for key in sorted((ours.keys() | theirs.keys()) - FREE_ENTRIES):
+            if ours.get(key) != theirs.get(key):
                 raise ValueError(
-                    f"`merge` must be given adapters of one kind and size, got {folders[0]} with `{key}` {ours!r} "
-                    f"and {folder} with {theirs!r}."
+                    f"`merge` must be given adapters of one kind and size, got {first.source} with `{key}` "
+                    f"{ours.get(key)!r} and {other.source} with {theirs.get(key)!r}."
                 )
         # A fingerprint says more than a name: one base may have several.
-        key = "base_fingerprint" if all("base_fingerprint" in c for c in (config, configs[0])) else None
-        key = key if key and config[key] and configs[0][key] else "base_model_name_or_path"
-        if config.get(key) != configs[0].get(key):
+        bases = [adapter.base_fingerprint for adapter in (first, other)]
+        if not all(bases):
+            bases = [adapter.config.base_model_name_or_path for adapter in (first, other)]
+        if bases[0] != bases[1]:
             raise ValueError(
-                f"`merge` must be given adapters of one base, got {folders[0]} with `{key}` {configs[0].get(key)!r} "
-                f"and {folder} with {config.get(key)!r}."
+                f"`merge` must be given adapters of one base, got {first.source} of {bases[0]} and {other.source} of "
+                f"{bases[1]}."
             )
 
 

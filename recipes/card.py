@@ -264,8 +264,8 @@ def _fact_table(folder: Path, subject: CardSubject, results: Mapping, is_adapter
     if "trainable_parameters" in results:
         share = results["trainable_parameters"] / results["total_parameters"]
         facts["trainable"] = f"{results['trainable_parameters']:,} ({share:.2%})"
-    seconds = results["train_seconds"]
-    facts["speech"] = f"{seconds / 3600:.3g} hours ({seconds:,.0f} s)"
+    seconds = results.get("train_seconds")  # unknown of a stream
+    facts["speech"] = "streamed" if seconds is None else f"{seconds / 3600:.3g} hours ({seconds:,.0f} s)"
     facts["data"] = f"`{subject.dataset}`"
     facts["licence of the data"] = subject.dataset_licence or "not stated"
     facts["language"] = ", ".join(subject.language) if subject.language else "not stated"

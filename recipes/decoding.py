@@ -1,12 +1,9 @@
 """From a CTC model's frames to text: batches, long recordings in overlapping chunks, words with their times."""
 
-import logging
 import unicodedata
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +16,7 @@ from data.asr import UtteranceDataset
 from data.audio import AudioError, AudioSource, audio_seconds, stream_audio
 from data.collators import CTCCollator
 from data.metrics import score_by_speaker
-from modeling.adapters import adapter_rows, check_adapter_name
+from modeling.adapters import adapter_rows, load_speech_adapter
 from recipes.beam_search import BeamDecoder, clean_text
 
 BLOCK_FRAMES = 3000  # a minute at 20 ms: a beam search on longer audio is done in blocks cut at pauses
@@ -66,7 +63,7 @@ def locate_words(processor: ProcessorMixin, ids: np.ndarray, *, seconds_per_fram
 
 
 def load_recognizer(
-    model_name_or_path: str, adapters: Mapping[str, str] | None = None
+    model_name_or_path: str, adapters: Mapping[str, str] | None = None, *, allow_base_mismatch: bool = False
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     Returns a CTC model with adapters, in evaluation mode on this process's device, and its processor.
@@ -74,9 +71,11 @@ def load_recognizer(
     Args:
         model_name_or_path: Folder or Hub name of the base.
         adapters: Name to folder or Hub name; the last one is active.
+        allow_base_mismatch: Take adapters that were made for another base.
 
     Raises:
-        ValueError: The base or an adapter does not exist or does not load, or an adapter's name is not allowed.
+        ValueError: The base or an adapter does not exist or does not load, an adapter's name is not allowed, or an
+            adapter was made for another base and that is not allowed.
     """
     try:
         model = AutoModelForCTC.from_pretrained(model_name_or_path)
@@ -86,42 +85,35 @@ def load_recognizer(
             f"`model_name_or_path` must be a CTC model with its processor, got {model_name_or_path!r} ({error})."
         ) from error
     for name, path in (adapters or {}).items():
-        load_adapter(model, str(path), check_adapter_name(name))
+        load_adapter(model, str(path), name, allow_base_mismatch=allow_base_mismatch, processor=processor)
     return model.eval().to(PartialState().device), processor
 
 
-def load_adapter(model: PreTrainedModel, path: str, name: str, *, is_trainable: bool = False) -> None:
+def load_adapter(
+    model: PreTrainedModel,
+    path: str,
+    name: str,
+    *,
+    is_trainable: bool = False,
+    allow_base_mismatch: bool = False,
+    processor: ProcessorMixin | None = None,
+) -> None:
     """
-    Adds a saved adapter to `model` under `name` and activates it.
+    Adds a saved adapter to `model` under `name` and activates it, checked as by [`load_speech_adapter`].
 
     Args:
         model: The adapter's base.
         path: Folder or Hub name of the adapter.
         name: Its name in the model.
         is_trainable: Leave its parameters trainable.
+        allow_base_mismatch: Take an adapter that was made for another base.
+        processor: Of the model; its vocabulary and feature settings are compared too.
 
     Raises:
-        ValueError: `path` is no adapter, or does not hold exactly the tensors of its configuration.
+        ValueError: `path` is no adapter, is damaged, was made for another base, or has no effect.
     """
-    if Path(path).exists() and not (Path(path) / "adapter_config.json").is_file():
-        raise ValueError(f"`adapter` must be a folder with adapter_config.json, got {path}. Correct the path.")
-    # transformers 5.23 warns that the tensors of adapters loaded before are missing; its answer is read instead.
-    report = logging.getLogger("transformers.integrations.peft")
-    level = report.level
-    report.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            loaded = model.load_adapter(path, adapter_name=name, is_trainable=is_trainable)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`adapter` must be an adapter of this base, got {path} ({error}).") from error
-    finally:
-        report.setLevel(level)
-    if wrong := sorted({key for key in loaded.missing_keys if f".{name}." in key} | loaded.unexpected_keys):
-        raise ValueError(
-            f"`adapter` must hold exactly the tensors of its configuration, got {path} where {wrong[0]!r} is missing "
-            "or too much. Save or download it again."
-        )
+    options = {"is_trainable": is_trainable, "allow_base_mismatch": allow_base_mismatch, "processor": processor}
+    load_speech_adapter(model, path, name, **options)
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """The main job on the embedded corpus: a recogniser, unusual voices that it mishears, and their adapters.
 
-    make demo
+make demo
 """
 
 import argparse

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME
 
 import modeling.adapters
+from modeling.files import finish_moving
 from recipes.card import CARD_NAME, is_hub_name, read_subject, render_card
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def take_hub_target(
         return None
     target = HubTarget(
         training_args.hub_model_id or "",
-        is_private=training_args.hub_private_repo,
+        is_private=training_args.hub_private_repo or None,
         revision=training_args.hub_revision,
         base_model_id=base_model_id or (base if base and is_hub_name(base) else None),
         token=token,
@@ -155,6 +156,7 @@ def collect_files(folder: str | Path, target: HubTarget) -> dict[str, Path | byt
         ValueError: `folder` holds neither a model nor an adapter.
     """
     folder = Path(folder)
+    finish_moving(folder)
     files: dict[str, Path | bytes] = {
         path.name: path
         for path in sorted(folder.glob("[!.]*"))

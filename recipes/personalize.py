@@ -44,7 +44,7 @@ class PersonalArguments:
         default="bottleneck", metadata={"help": "Where and how the adapter acts.", "choices": list(KINDS)}
     )
     adapter_hidden_sizes: list[int] | None = field(
-        default=None, metadata={"help": "Widths of the adapter's hidden layers. Default: under 4 % of a small base."}
+        default=None, metadata={"help": "Widths of the adapter's hidden layers. Default: few, for a small base."}
     )
     adapter_dropout: float = field(default=0.1, metadata={"help": "Dropout inside the adapter."})
     init_adapter: str | None = field(
@@ -152,14 +152,21 @@ def collect_results(model, before: dict[str, dict], after: dict[str, dict], trai
     }
 
 
-def describe_run(personal_args, corpus_args, card_args, hub_target: HubTarget | None, seconds: float) -> CardSubject:
+def describe_run(
+    personal_args: PersonalArguments,
+    corpus_args: CorpusArguments,
+    card_args: CardArguments,
+    hub_target: HubTarget | None,
+    seconds: float,
+) -> CardSubject:
     """Returns what the card is about."""
+    what = "Recogniser, all of it fine-tuned" if personal_args.unfreeze_base else "Speech adapter"
     return CardSubject(
         base=personal_args.model_name_or_path,
         base_revision=hub_target.base_revision if hub_target else None,
         dataset=corpus_args.dataset,
         split=corpus_args.eval_split,
-        description=f"Speech adapter for one speaker, trained on {seconds:.0f} s of speech.",
+        description=f"{what} for one speaker, trained on {seconds:.0f} s of speech.",
         language=card_args.language,
         dataset_licence=card_args.dataset_licence,
         picture="results.png",
@@ -172,7 +179,7 @@ def save_outcome(model, processor, personal_args: PersonalArguments, subject: Ca
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     else:
-        save_adapter(model, folder, ADAPTER_NAME)
+        save_adapter(model, folder, ADAPTER_NAME, processor=processor)
         results["adapter_bytes"] = (Path(folder) / ADAPTER_WEIGHTS_NAME).stat().st_size
     if personal_args.base_eval_speakers:
         results["base_eval_speakers"] = personal_args.base_eval_speakers

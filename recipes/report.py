@@ -47,7 +47,9 @@ def format_table(rows: Sequence[dict[str, object]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def draw_before_after(path: str | Path, *, names: Sequence[str], before: Sequence[float], after: Sequence[float]) -> None:
+def draw_before_after(
+    path: str | Path, *, names: Sequence[str], before: Sequence[float], after: Sequence[float]
+) -> None:
     """
     Draws error rates before and after adaptation as pairs of bars into a PNG file, whole.
 

@@ -6,14 +6,18 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_ctc.py
 
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
 
 from data.asr import Augmentation, UtteranceDataset, decode_clips
 from data.collators import CTCCollator
 from data.corpora import load_corpus, select_speakers
+from data.streaming import stream_utterances
 from data.text import TEXT_UNITS, build_vocabulary, normalize_text
 from modeling import (
     DeepSpeech2Config,
@@ -58,12 +62,22 @@ class TrainingCorpusArguments(CorpusArguments):
     exclude_speakers: list[str] | None = field(
         default=None, metadata={"help": "Speakers to leave out of training and evaluation."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the training split while it is used, for what does not fit a disk; needs max_steps."},
+    )
+
+    def __post_init__(self):
+        if self.streaming and self.concatenate_max > 1:
+            raise ValueError(
+                f"`concatenate_max` must be 1 with `streaming`, got {self.concatenate_max}. A stream is not joined."
+            )
 
 
 ARGUMENTS = (ModelArguments, TrainingCorpusArguments, Augmentation, CardArguments, RecipeTrainingArguments)
 
 
-def build_model(arguments: ModelArguments, texts: list[str]) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:
+def build_model(arguments: ModelArguments, texts: Iterable[str]) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:
     """Returns the checkpoint's model and processor, or fresh ones with a vocabulary of the characters in `texts`."""
     if arguments.model_name_or_path:
         processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
@@ -87,13 +101,54 @@ def build_model(arguments: ModelArguments, texts: list[str]) -> tuple[DeepSpeech
     return DeepSpeech2ForCTC(config), DeepSpeech2Processor(extractor, tokenizer)
 
 
-def describe_run(model_args, corpus_args, card_args: CardArguments, seconds: float) -> CardSubject:
+def load_corpora(arguments: TrainingCorpusArguments) -> tuple[Dataset | IterableDataset, Dataset]:
+    """Returns the training rows, streamed on request, and the evaluation rows, without the excluded speakers."""
+    excluded = arguments.exclude_speakers or []
+    columns = ("audio", "text", "speaker_id") if excluded else ("audio", "text")
+    corpora = []
+    for split, streaming in ((arguments.train_split, arguments.streaming), (arguments.eval_split, False)):
+        corpus = load_corpus(arguments.dataset, split=split, required_columns=columns, streaming=streaming)
+        if streaming:
+            corpus = corpus.filter(lambda row: row.get("speaker_id") not in excluded)
+        elif excluded:
+            corpus = select_speakers(corpus, excluded, exclude=True)
+        corpora.append(corpus)
+    return tuple(corpora)
+
+
+def build_dataset(
+    arguments: TrainingCorpusArguments,
+    processor: DeepSpeech2Processor,
+    samples_per_logit: int,
+    seed: int,
+    corpus: Dataset | IterableDataset,
+    augmentation: Augmentation | None,
+) -> UtteranceDataset | IterableDataset:
+    """Returns the utterances of a corpus: decoded and cached first, or read while they are used if it is streamed."""
+    if isinstance(corpus, IterableDataset):
+        return stream_utterances(
+            corpus, processor, samples_per_logit=samples_per_logit, augmentation=augmentation, seed=seed
+        )
+    clips = decode_clips(
+        corpus,
+        processor,
+        samples_per_logit=samples_per_logit,
+        max_speed=augmentation.max_speed if augmentation else 1.0,
+        is_joined=arguments.concatenate_max > 1,
+    )
+    return UtteranceDataset(clips, processor, concatenate=arguments.concatenate, augmentation=augmentation, seed=seed)
+
+
+def describe_run(
+    model_args: ModelArguments, corpus_args: CorpusArguments, card_args: CardArguments, results: dict
+) -> CardSubject:
     """Returns what the card is about."""
+    hours = f" on {results['train_seconds'] / 3600:.2g} hours of speech" if "train_seconds" in results else ""
     return CardSubject(
         base=model_args.model_name_or_path,
         dataset=corpus_args.dataset,
         split=corpus_args.eval_split,
-        description=f"DeepSpeech2 recogniser, trained with CTC on {seconds / 3600:.2g} hours of speech.",
+        description=f"DeepSpeech2 recogniser, trained with CTC{hours}.",
         language=card_args.language,
         dataset_licence=card_args.dataset_licence,
     )
@@ -106,23 +161,14 @@ def main() -> None:
     set_seed(training_args.seed)
 
     # Corpus
-    corpora = {}
-    for split in (corpus_args.train_split, corpus_args.eval_split):
-        corpus = load_corpus(corpus_args.dataset, split=split, required_columns=("audio", "text"))
-        if corpus_args.exclude_speakers:
-            corpus = select_speakers(corpus, corpus_args.exclude_speakers, exclude=True)
-        corpora[split] = corpus
+    train_corpus, eval_corpus = load_corpora(corpus_args)
 
     # Model
-    model, processor = build_model(model_args, corpora[corpus_args.train_split]["text"])
+    model, processor = build_model(model_args, (row["text"] for row in train_corpus.select_columns(["text"])))
 
     # Data
-    decode = {"processor": processor, "samples_per_logit": model.config.inputs_to_logits_ratio}
-    decode["is_joined"] = corpus_args.concatenate_max > 1
-    train_clips = decode_clips(corpora[corpus_args.train_split], **decode, max_speed=augmentation.max_speed)
-    join = {"processor": processor, "concatenate": corpus_args.concatenate, "seed": training_args.seed}
-    train_dataset = UtteranceDataset(train_clips, augmentation=augmentation, **join)
-    eval_dataset = UtteranceDataset(decode_clips(corpora[corpus_args.eval_split], **decode), **join)
+    encode = partial(build_dataset, corpus_args, processor, model.config.inputs_to_logits_ratio, training_args.seed)
+    train_dataset, eval_dataset = encode(train_corpus, augmentation), encode(eval_corpus, None)
 
     # Trainer
     trainer = AdapterTrainer(
@@ -140,18 +186,19 @@ def main() -> None:
 
     # Evaluate
     scores = evaluate_dataset(model, processor, eval_dataset, batch_size=training_args.per_device_eval_batch_size)
-    results = {"eval_wer": scores["overall"]["wer"], "eval_cer": scores["overall"]["cer"]}
-    results |= {
+    results = {
+        "eval_wer": scores["overall"]["wer"],
+        "eval_cer": scores["overall"]["cer"],
         "train_runtime": train_output.metrics["train_runtime"],
-        "train_seconds": round(train_dataset.seconds, 2),
+        "total_parameters": model.count_parameters()["total"],
     }
-    results |= {"num_train_clips": len(train_clips)}
-    results |= {"total_parameters": model.count_parameters()["total"]}
+    if not corpus_args.streaming:
+        results |= {"train_seconds": round(train_dataset.seconds, 2), "num_train_clips": len(train_dataset.clips)}
     if not trainer.is_world_process_zero():
         return
     print_results(results)
     write_results(training_args.output_dir, results)
-    write_card(training_args.output_dir, describe_run(model_args, corpus_args, card_args, train_dataset.seconds))
+    write_card(training_args.output_dir, describe_run(model_args, corpus_args, card_args, results))
 
     # Push
     if hub_target:

@@ -32,6 +32,7 @@ class RecipeTrainingArguments(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Where to report, as in TrainingArguments."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the best one."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in memory, for a GPU."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository on the Hub private."})
     tri_stage: bool = field(
         default=False, metadata={"help": "Warm up, hold, decay exponentially, in place of lr_scheduler_type."}
     )

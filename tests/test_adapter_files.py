@@ -1,6 +1,10 @@
 """What is saved says what it is without being loaded, and damage is named."""
 
+import itertools
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
-from modeling.adapter_files import describe_adapter
+from modeling.adapter_files import describe_adapter, read_adapter
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, name_on_disk
 
 
@@ -119,3 +123,48 @@ def test_lora_under_a_speech_adapter_is_saved_as_if_it_were_alone(tiny_model, ti
     fresh = DeepSpeech2ForCTC.from_pretrained(tiny_base)
     fresh.load_adapter(str(tmp_path), adapter_name="low")
     assert torch.equal(fresh(features).logits, with_lora)
+
+
+def save_forever(model, folder: Path, ready: int) -> None:
+    """Saves adapters `small` and `large` in turn; says once that the first is there."""
+    for step, name in enumerate(itertools.cycle(("small", "large"))):
+        save_adapter(model, folder, name)
+        if not step:
+            os.write(ready, b".")
+
+
+def test_a_save_that_is_killed_leaves_the_old_or_the_new_adapter(tiny_base, tmp_path):
+    base = DeepSpeech2ForCTC.from_pretrained(tiny_base)
+    values = {"small": (4, 1.0), "large": (64, 2.0)}
+    for name, (size, value) in values.items():
+        base.add_adapter(SpeechAdapterConfig(kind="mlp", hidden_sizes=[size]), name)
+        for parameter in base.classifier.speech_adapter_blocks[name].parameters():
+            torch.nn.init.constant_(parameter, value)
+    fresh, generator, seen = DeepSpeech2ForCTC.from_pretrained(tiny_base), torch.Generator().manual_seed(0), set()
+    for seconds in (0.05 * torch.rand(20, generator=generator)).tolist():
+        _kill_after(seconds, base, tmp_path)
+        saved = read_adapter(tmp_path)
+        value = saved.tensors["base_model.model.classifier.speech_adapter_blocks.0.bias"][0].item()
+        name = "small" if value == 1.0 else "large"
+        assert saved.config.hidden_sizes == [values[name][0]]
+        assert all((tensor == values[name][1]).all() for tensor in saved.tensors.values())
+        fresh.load_adapter(str(tmp_path), "alice")
+        fresh.delete_adapter("alice")
+        seen.add(name)
+    assert seen == {"small", "large"}
+
+
+def _kill_after(seconds: float, model, folder: Path) -> None:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            save_forever(model, folder, writer)
+        finally:
+            os._exit(1)
+    os.read(reader, 1)
+    time.sleep(seconds)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    os.close(reader)
+    os.close(writer)

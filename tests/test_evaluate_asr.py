@@ -87,3 +87,56 @@ def test_unknown_speaker_and_split_are_refused(tiny_base, corpus):
         main(["--model_name_or_path", tiny_base, "--dataset", str(corpus), "--speaker_id", "eve"])
     with pytest.raises(ValueError, match="`split` must be one of test in .*, got 'dev'"):
         main(["--model_name_or_path", tiny_base, "--dataset", str(corpus), "--split", "dev"])
+
+
+@pytest.fixture
+def compare(tiny_base, tiny_adapters, corpus, tmp_path):
+    """Compares alice's adapter on ann's recordings and on ben's; returns the scores that were written."""
+
+    def run(*flags: str) -> dict:
+        output = tmp_path / "comparison.json"
+        main(["--compare", "--model_name_or_path", tiny_base, "--adapter", tiny_adapters["alice"]]
+             + ["--dataset", str(corpus), "--speaker_id", "ann", "--base_dataset", str(corpus)]
+             + ["--base_speaker_id", "ben", "--output_file", str(output), *flags])  # fmt: skip
+        return json.loads(output.read_text())
+
+    return run
+
+
+def test_compare_shows_target_and_base_domain_with_the_adapter_on_and_off(
+    compare, tiny_base, tiny_adapters, corpus, capsys
+):
+    scores = compare("--max_regression=1e9")
+
+    for state, adapters in (("on", {"alice": tiny_adapters["alice"]}), ("off", {})):
+        said = transcribe_recordings(
+            *load_recognizer(tiny_base, adapters), [corpus / f"{row}.wav" for row in range(4)]
+        )
+        texts = [transcript.text for transcript in said]
+        assert scores["target"][state] == score_by_speaker(texts[:2], TEXTS[:2], SPEAKERS[:2])["overall"]
+        assert scores["base"][state] == score_by_speaker(texts[2:], TEXTS[2:], SPEAKERS[2:])["overall"]
+    header, _, target, base = capsys.readouterr().out.splitlines()
+    assert [name.strip() for name in header.strip("|").split("|")] == [
+        "data", "utterances", "WER off %", "WER on %", "CER off %", "CER on %", "change"
+    ]  # fmt: skip
+    for line, name in ((target, "target"), (base, "base")):
+        off, on = (100 * scores[name][state]["wer"] for state in ("off", "on"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert (cells[0], cells[2], cells[3], cells[6]) == (name, f"{off:.2f}", f"{on:.2f}", f"{on - off:+.2f}")
+
+
+def test_compare_fails_exactly_when_the_base_domain_loses_more_than_allowed(compare):
+    scores = compare("--max_regression=1e9")
+    regression = scores["base"]["on"]["wer"] - scores["base"]["off"]["wer"]
+    compare(f"--max_regression={regression}")
+    with pytest.raises(SystemExit, match=r"more than `max_regression`") as failure:
+        compare(f"--max_regression={regression - 1e-6}")
+    assert failure.value.code
+
+
+def test_compare_needs_an_adapter_and_the_data_of_the_base(tiny_base, tiny_adapters, corpus):
+    flags = ["--compare", "--model_name_or_path", tiny_base, "--dataset", str(corpus)]
+    with pytest.raises(ValueError, match="`adapter` must be given with `compare`, got none"):
+        main([*flags, "--base_dataset", str(corpus)])
+    with pytest.raises(ValueError, match="`base_dataset` must be given with `compare`, got none"):
+        main([*flags, "--adapter", tiny_adapters["alice"]])

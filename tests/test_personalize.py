@@ -75,9 +75,7 @@ def test_personalize_saves_an_adapter_that_changes_the_base_and_can_be_turned_of
 
 def test_personalize_starts_from_another_users_adapter(personalize, tmp_path):
     first = personalize(tmp_path / "ann", "--adapter_kind", "mlp")
-    second = personalize(
-        tmp_path / "ben", "--init_adapter", first, "--learning_rate", "1e-9", speaker_id="ben"
-    )
+    second = personalize(tmp_path / "ben", "--init_adapter", first, "--learning_rate", "1e-9", speaker_id="ben")
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     assert before.keys() == after.keys()
     for name, tensor in before.items():

@@ -51,3 +51,18 @@ def test_train_ctc_refuses_an_excluded_speaker_that_is_unknown(run_recipe_main, 
     with pytest.raises(ValueError, match=r"`speaker_id` must be one of .*\(ann, ben\), got 'zoe'"):
         run_recipe_main(main, "--dataset", small_corpus, "--exclude_speakers", "zoe", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_train_ctc_streams_a_corpus(run_recipe_main, small_corpus, tmp_path):
+    run_recipe_main(
+        main, "--dataset", small_corpus, "--streaming", "--exclude_speakers", "ben", "--num_mel_bins", 16,
+        "--hidden_size", 8, "--num_hidden_layers", 1, "--max_steps", 2, "--per_device_train_batch_size", 2,
+        "--save_strategy", "no", "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert AutoModelForCTC.from_pretrained(tmp_path).config.num_mel_bins == 16
+
+
+def test_train_ctc_refuses_to_join_the_clips_of_a_stream(run_recipe_main, small_corpus, tmp_path):
+    flags = ("--dataset", small_corpus, "--streaming", "--concatenate_max", 2, "--output_dir", tmp_path)
+    with pytest.raises(ValueError, match="`concatenate_max` must be 1 with `streaming`, got 2"):
+        run_recipe_main(main, *flags)
