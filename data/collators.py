@@ -20,7 +20,10 @@ class CTCCollator:
     processor: object
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """Returns `input_features` `(batch, frames, mel)`, `attention_mask` `(batch, frames)`, `labels` `(batch, tokens)`."""
+        """
+        Returns `input_features` `(batch, frames, mel)`, `attention_mask` `(batch, frames)` and `labels`
+        `(batch, tokens)`.
+        """
         features = [{"input_features": example["input_features"]} for example in examples]
         batch = self.processor.feature_extractor.pad(features, padding=True, return_tensors="pt")
         labels = [torch.as_tensor(example["labels"], dtype=torch.long) for example in examples]

@@ -30,8 +30,8 @@ def stream_utterances(
         seed: Of everything drawn.
 
     Returns:
-        `input_features` `(frames, mel)` and `labels` `(tokens,)`. Rows whose transcript needs more frames than there are
-        are left out and named in a warning.
+        `input_features` `(frames, mel)` and `labels` `(tokens,)`. Rows whose transcript needs more frames than
+        there are, are left out and named in a warning.
 
     Raises:
         AudioError: While iterating, at a clip that is unreadable, empty, silent or too short.

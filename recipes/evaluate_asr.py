@@ -36,6 +36,9 @@ class EvaluateArguments:
     model_name_or_path: str = field(metadata={"help": "Base recogniser: a folder or a Hub name."})
     dataset: str = field(metadata={"help": "synthetic, a folder, a manifest or a Hub name."})
     adapter: str | None = field(default=None, metadata={"help": "Adapter of this base: a folder or a Hub name."})
+    allow_base_mismatch: bool = field(
+        default=False, metadata={"help": "Take an adapter that was made for another base; it is recorded."}
+    )
     split: str = field(default="test", metadata={"help": "Split of the dataset."})
     speaker_id: list[str] | None = field(default=None, metadata={"help": "Speakers to evaluate; default: all."})
     concatenate_min: int = field(default=1, metadata={"help": "Fewest clips of a speaker joined to an utterance."})
@@ -143,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model and adapter
     adapters = {ADAPTER_NAME: arguments.adapter} if arguments.adapter else {}
-    model, processor = load_recognizer(arguments.model_name_or_path, adapters)
+    model, processor = load_recognizer(
+        arguments.model_name_or_path, adapters, allow_base_mismatch=arguments.allow_base_mismatch
+    )
     decoder = build_decoder(decoding, processor.tokenizer)
 
     # Data

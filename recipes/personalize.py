@@ -50,6 +50,9 @@ class PersonalArguments:
     init_adapter: str | None = field(
         default=None, metadata={"help": "Start from this adapter (folder or Hub name), of its kind and sizes."}
     )
+    allow_base_mismatch: bool = field(
+        default=False, metadata={"help": "Take an adapter that was made for another base; it is recorded."}
+    )
     unfreeze_base: bool = field(
         default=False, metadata={"help": "Fine-tune the whole model without an adapter, for comparison."}
     )
@@ -81,12 +84,13 @@ def check_output_dir(output_dir: str, *, is_resumed: bool) -> None:
         )
 
 
-def add_personal_adapter(model, arguments: PersonalArguments) -> None:
+def add_personal_adapter(model, processor, arguments: PersonalArguments) -> None:
     """Adds a fresh adapter to `model`, or another user's to start from; or unfreezes the base."""
     if arguments.unfreeze_base:
         model.unfreeze_base_model()
     elif arguments.init_adapter:
-        load_adapter(model, arguments.init_adapter, ADAPTER_NAME, is_trainable=True)
+        options = {"allow_base_mismatch": arguments.allow_base_mismatch, "processor": processor}
+        load_adapter(model, arguments.init_adapter, ADAPTER_NAME, is_trainable=True, **options)
         model.freeze_base_model()
     else:
         config = SpeechAdapterConfig(
@@ -200,7 +204,7 @@ def main() -> None:
     # Model and adapter
     model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path)
     processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path)
-    add_personal_adapter(model, personal_args)
+    add_personal_adapter(model, processor, personal_args)
     check_trainable(model, max_share=1.0 if personal_args.unfreeze_base else MAX_TRAINABLE_SHARE)
 
     # Data

@@ -210,7 +210,7 @@ class AdapterTrainer(Trainer):
         if not self.args.should_save:
             return None
         for name, folder in self._adapter_folders(output_dir).items():
-            save_adapter(model, folder, name)
+            save_adapter(model, folder, name, processor=self.processing_class)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
         return None
 

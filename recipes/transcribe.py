@@ -39,6 +39,9 @@ class TranscribeArguments:
     speaker: list[str] = field(
         default_factory=list, metadata={"help": "Name of an adapter for each file, or `base` for none."}
     )
+    allow_base_mismatch: bool = field(
+        default=False, metadata={"help": "Take an adapter that was made for another base."}
+    )
     format: Literal["text", "json"] = field(
         default="text", metadata={"help": "Lines of file, tab and text (the text alone for one file), or a list."}
     )
@@ -156,7 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     adapter_names = choose_adapters(arguments.speaker, adapters, len(arguments.files))
 
     # Model and adapters
-    model, processor = load_recognizer(arguments.model_name_or_path, adapters)
+    model, processor = load_recognizer(
+        arguments.model_name_or_path, adapters, allow_base_mismatch=arguments.allow_base_mismatch
+    )
     decoder = build_decoder(decoding, processor.tokenizer)
 
     # Transcribe

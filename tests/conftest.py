@@ -73,7 +73,8 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory, tiny_processor: Deep
     for name, kind in (("alice", "mlp"), ("bob", "bottleneck")):
         model = _make_model(len(tiny_processor.tokenizer))
         model.add_adapter(SpeechAdapterConfig(kind=kind, hidden_sizes=[8]), name)
-        with torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(1)
             for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
                 parameter.normal_()
         folders[name] = str(tmp_path_factory.mktemp(name))

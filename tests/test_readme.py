@@ -44,12 +44,12 @@ def test_readme_tree_names_no_file_that_is_not_there():
 
 
 @pytest.mark.parametrize("command", [line for line in bash_commands() if "recipes/" in line])
-def test_readme_recipe_commands_have_flags_that_exist(command, capsys):
+def test_readme_recipe_commands_have_flags_that_exist(command, capsys, monkeypatch):
     tokens = shlex.split(command)
     script = next(token for token in tokens if token.startswith("recipes/") and token.endswith(".py"))
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [script, "--help"])
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit):
         module.main()
     help_text = capsys.readouterr().out
     flags = [token for token in tokens[tokens.index(script) :] if token.startswith("--")]
