@@ -54,7 +54,8 @@ class PersonalArguments:
         default=False, metadata={"help": "Take an adapter that was made for another base; it is recorded."}
     )
     unfreeze_base: bool = field(
-        default=False, metadata={"help": "Fine-tune the whole model without an adapter, for comparison."}
+        default=False,
+        metadata={"help": "Fine-tune the whole model, for comparison; wants a learning_rate of 1e-4 or so."},
     )
     base_eval_speakers: list[str] | None = field(
         default=None, metadata={"help": "Speakers of the base on whom it is evaluated too, before and after."}
@@ -64,7 +65,21 @@ class PersonalArguments:
     )
 
 
-ARGUMENTS = (PersonalArguments, CorpusArguments, Augmentation, CardArguments, RecipeTrainingArguments)
+@dataclass
+class PersonalTrainingArguments(RecipeTrainingArguments):
+    """Training arguments with defaults for seconds to a minute of speech."""
+
+    num_train_epochs: float = field(default=60, metadata={"help": "Passes over the speech."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Utterances of a step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Utterances evaluated together."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Highest learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule, as in TrainingArguments."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of the warm-up; below 1, a share of all."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Largest norm of the gradient."})
+    save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints, as in TrainingArguments."})
+
+
+ARGUMENTS = (PersonalArguments, CorpusArguments, Augmentation, CardArguments, PersonalTrainingArguments)
 
 
 def check_output_dir(output_dir: str, *, is_resumed: bool) -> None:

@@ -74,7 +74,25 @@ class TrainingCorpusArguments(CorpusArguments):
             )
 
 
-ARGUMENTS = (ModelArguments, TrainingCorpusArguments, Augmentation, CardArguments, RecipeTrainingArguments)
+@dataclass
+class CTCTrainingArguments(RecipeTrainingArguments):
+    """Training arguments with defaults for a recogniser of a few million parameters, from scratch."""
+
+    num_train_epochs: float = field(default=24, metadata={"help": "Passes over the speech."})
+    per_device_train_batch_size: int = field(default=12, metadata={"help": "Utterances of a step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Utterances evaluated together."})
+    train_sampling_strategy: str = field(default="group_by_length", metadata={"help": "How batches are made."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate."})
+    tri_stage: bool = field(default=True, metadata={"help": "Warm up, hold, decay exponentially."})
+    initial_lr: float = field(default=1e-4, metadata={"help": "Learning rate before the warm-up."})
+    final_lr: float = field(default=2e-5, metadata={"help": "Learning rate at the end."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of the warm-up; below 1, a share of all."})
+    hold_steps: float = field(default=0.4, metadata={"help": "Steps at learning_rate; below 1, a share of all."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Largest norm of the gradient."})
+    save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints, as in TrainingArguments."})
+
+
+ARGUMENTS = (ModelArguments, TrainingCorpusArguments, Augmentation, CardArguments, CTCTrainingArguments)
 
 
 def build_model(arguments: ModelArguments, texts: Iterable[str]) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:

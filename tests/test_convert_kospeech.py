@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from readme import find_arguments
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCTC, AutoProcessor
@@ -595,3 +596,9 @@ def test_adapter_of_another_kind_is_not_exported(tmp_path, base_folder, monkeypa
 def test_arguments_are_refused_when_they_name_no_single_conversion(monkeypatch, flags, message):
     with pytest.raises(ValueError, match=message):
         run(monkeypatch, **flags)
+
+
+def test_readme_command_converts_a_checkpoint(kospeech_folder, tmp_path, run_recipe_main):
+    files = {"checkpoint": kospeech_folder / "parallel.pt", "vocabulary": kospeech_folder / "vocab.csv"}
+    run_recipe_main(main, *find_arguments("convert_kospeech.py", **files, output_dir=tmp_path / "out"))
+    assert type(AutoModelForCTC.from_pretrained(tmp_path / "out")) is DeepSpeech2ForCTC

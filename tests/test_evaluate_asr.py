@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from readme import find_arguments
 
 from data.metrics import score_by_speaker
 from recipes.beam_search import BeamDecoder
@@ -140,3 +141,12 @@ def test_compare_needs_an_adapter_and_the_data_of_the_base(tiny_base, tiny_adapt
         main([*flags, "--base_dataset", str(corpus)])
     with pytest.raises(ValueError, match="`base_dataset` must be given with `compare`, got none"):
         main([*flags, "--adapter", tiny_adapters["alice"]])
+
+
+def test_readme_command_compares_an_adapter(tiny_base, tiny_adapters, small_corpus, capsys):
+    replacements = {"dataset": small_corpus, "base_dataset": small_corpus, "speaker_id": "ann", "adam": "ben"}
+    replacements |= {"model_name_or_path": tiny_base, "adapter": tiny_adapters["alice"], "bella": "ben"}
+    main(find_arguments("--compare", **replacements, max_regression=100))
+    _, _, target, base = capsys.readouterr().out.splitlines()
+    # The fixture's corpus has three test recordings of ann, and three of ben.
+    assert [line.split("|")[2].strip() for line in (target, base)] == ["3", "3"]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from minihub import MiniHub
+from readme import find_commands, find_example
 from transformers import AutoModelForCTC, WhisperConfig, WhisperForConditionalGeneration
 
 from modeling import SpeechAdapterConfig
-from modeling.adapters import save_adapter
+from modeling.adapters import find_active_adapters, save_adapter
 from recipes.card import public_name, training_command
 from recipes.hub import HubTarget, adapter_code, check_target, collect_files, main, push_folder, take_hub_target
 from recipes.personalize import main as personalize_main
@@ -297,3 +299,30 @@ def test_pickles_diaries_and_hidden_files_stay_here(tmp_path):
         (tmp_path / name).write_text("{}")
     (tmp_path / "checkpoint-1").mkdir()
     assert collect_files(tmp_path, HubTarget("me/x")).keys() == {"config.json", "x.py"}
+
+
+def test_readme_commands_push_what_the_readme_example_loads(hub, trained, small_base, tmp_path, monkeypatch):
+    (tmp_path / "outputs").mkdir()
+    shutil.copytree(small_base, tmp_path / "outputs" / "demo" / "base")
+    shutil.copytree(trained, tmp_path / "outputs" / "demo" / "whisperer", ignore=shutil.ignore_patterns("checkpoint*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for tokens in find_commands("python -m recipes.hub"):
+        main(tokens[3:])
+    example = {}
+    exec(find_example("me/whisperer"), example)
+    assert find_active_adapters(example["model"]) == ["default"]
+    assert "me/whisperer" in {repo_id for _, repo_id in hub.repositories}
+
+
+def test_repository_with_files_outside_itself_writes_none_of_them(hub, trained, small_base, tmp_path, monkeypatch):
+    main([str(trained), "--hub_model_id", "me/climber", "--hub_base_model_id", "me/base"])
+    repository = hub.repositories["model", "me/climber"]
+    files = repository.commits[repository.branches["main"]].files
+    files["../../../../climbed.json"] = files["adapter_config.json"]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "a" / "b" / "cache"))
+    model = AutoModelForCTC.from_pretrained(small_base)
+    model.load_adapter("me/climber", adapter_name="ann", cache_dir=str(tmp_path / "a" / "b" / "cache"))
+    assert find_active_adapters(model) == ["ann"]
+    assert not list(tmp_path.rglob("climbed.json"))
+    assert not list(tmp_path.parent.glob("climbed.json"))

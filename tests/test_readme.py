@@ -2,27 +2,20 @@
 
 import importlib
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from readme import README, find_commands
 from transformers import HfArgumentParser
 
 from recipes.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROOMS = ("benchmarks", "data", "modeling", "recipes", "tests", "accelerate_configs", "recipes/configs")
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 LAUNCHERS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 REQUIRED = {"dataset": "synthetic", "model_name_or_path": "base", "speaker_id": "ann", "output_dir": "out"}
-
-
-def bash_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def find_recipe(config: Path) -> str:
@@ -43,9 +36,8 @@ def test_readme_tree_names_no_file_that_is_not_there():
     assert [name for name in re.findall(r"[\w.]+\.(?:py|yaml|md|toml|txt)\b", tree) if name not in files] == []
 
 
-@pytest.mark.parametrize("command", [line for line in bash_commands() if "recipes/" in line])
-def test_readme_recipe_commands_have_flags_that_exist(command, capsys, monkeypatch):
-    tokens = shlex.split(command)
+@pytest.mark.parametrize("tokens", find_commands("recipes/"), ids=" ".join)
+def test_readme_recipe_commands_have_flags_that_exist(tokens, capsys, monkeypatch):
     script = next(token for token in tokens if token.startswith("recipes/") and token.endswith(".py"))
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     monkeypatch.setattr("sys.argv", [script, "--help"])
@@ -57,14 +49,14 @@ def test_readme_recipe_commands_have_flags_that_exist(command, capsys, monkeypat
     assert all((ROOT / token).is_file() for token in tokens if token.endswith(".yaml"))
 
 
-@pytest.mark.parametrize("command", [line for line in bash_commands() if line.startswith("make ")])
-def test_readme_make_targets_exist(command):
-    assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+@pytest.mark.parametrize("tokens", find_commands("make "), ids=" ".join)
+def test_readme_make_targets_exist(tokens):
+    assert re.search(rf"^{tokens[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [line for line in bash_commands() if line.startswith("python -m ")])
-def test_readme_modules_exist(command):
-    assert callable(importlib.import_module(command.split()[2]).main)
+@pytest.mark.parametrize("tokens", find_commands("python -m "), ids=" ".join)
+def test_readme_modules_exist(tokens):
+    assert callable(importlib.import_module(tokens[2]).main)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
