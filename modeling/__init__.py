@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoProcessor, AutoTokenizer
 
+from .adapter_loading import load_speech_adapter
 from .adapters import SpeechAdapterConfig, adapter_rows, save_adapter
 from .configuration_deepspeech2 import DeepSpeech2Config
 from .feature_extraction_deepspeech2 import DeepSpeech2FeatureExtractor
@@ -17,6 +18,7 @@ __all__ = [
     "JamoCTCTokenizer",
     "SpeechAdapterConfig",
     "adapter_rows",
+    "load_speech_adapter",
     "save_adapter",
 ]
 
