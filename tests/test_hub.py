@@ -34,6 +34,13 @@ def connect(patch: pytest.MonkeyPatch, hub: MiniHub) -> None:
     patch.setenv("NO_PROXY", "127.0.0.1")
 
 
+def download_from(patch: pytest.MonkeyPatch, hub: MiniHub, cache: Path) -> None:
+    """Lets this process download from `hub` too: the client makes up its addresses when it is imported."""
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
 def train_and_push(patch: pytest.MonkeyPatch, base: Path, corpus: Path, output_dir: Path) -> Path:
     """Pushes `base`, a branch of it with a silent classifier, and an adapter for ann, also as a private copy."""
     main([str(base), "--hub_model_id", "me/base"])
@@ -306,7 +313,7 @@ def test_readme_commands_push_what_the_readme_example_loads(hub, trained, small_
     shutil.copytree(small_base, tmp_path / "outputs" / "demo" / "base")
     shutil.copytree(trained, tmp_path / "outputs" / "demo" / "whisperer", ignore=shutil.ignore_patterns("checkpoint*"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    download_from(monkeypatch, hub, tmp_path / "cache")
     for tokens in find_commands("python -m recipes.hub"):
         main(tokens[3:])
     example = {}
@@ -320,7 +327,7 @@ def test_repository_with_files_outside_itself_writes_none_of_them(hub, trained, 
     repository = hub.repositories["model", "me/climber"]
     files = repository.commits[repository.branches["main"]].files
     files["../../../../climbed.json"] = files["adapter_config.json"]
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "a" / "b" / "cache"))
+    download_from(monkeypatch, hub, tmp_path / "a" / "b" / "cache")
     model = AutoModelForCTC.from_pretrained(small_base)
     model.load_adapter("me/climber", adapter_name="ann", cache_dir=str(tmp_path / "a" / "b" / "cache"))
     assert find_active_adapters(model) == ["ann"]

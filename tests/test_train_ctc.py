@@ -30,7 +30,7 @@ def test_train_ctc_reports_error_rates_and_leaves_the_excluded_speaker_out(small
 def test_train_ctc_goes_on_from_a_checkpoint(run_recipe_main, small_base, small_corpus, tmp_path):
     run_recipe_main(
         main, "--model_name_or_path", small_base, "--dataset", small_corpus, "--output_dir", tmp_path / "out",
-        "--max_steps", 1, "--learning_rate", "1e-9", "--save_strategy", "no",
+        "--max_steps", 1, "--learning_rate", "1e-9", "--initial_lr", "1e-9", "--final_lr", "1e-9",
     )  # fmt: skip
     before, after = (AutoModelForCTC.from_pretrained(folder) for folder in (small_base, tmp_path / "out"))
     torch.testing.assert_close(before.classifier[1].weight, after.classifier[1].weight, atol=1e-6, rtol=0)
