@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
+from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from modeling.adapters import KINDS
-from recipes.personalize import ARGUMENTS, main
+from recipes.personalize import HIDDEN_SIZES, main
 
 
 @pytest.fixture
@@ -149,5 +150,10 @@ def test_personalize_refuses_an_adapter_that_is_a_large_share_of_the_model(perso
         personalize(tmp_path / "out", "--adapter_kind", "bottleneck", "--adapter_hidden_sizes", 512)
 
 
-def test_personalize_arguments_keep_the_adapter_small_by_default():
-    assert ARGUMENTS[0].__dataclass_fields__["adapter_kind"].default == "bottleneck"
+@pytest.mark.parametrize("kind", KINDS)
+def test_personalize_keeps_an_adapter_of_default_size_below_four_percent_of_the_shipped_recogniser(kind):
+    config = DeepSpeech2Config(num_mel_bins=40, hidden_size=192, num_hidden_layers=2, vocab_size=20)
+    model = DeepSpeech2ForCTC(config)
+    model.add_adapter(SpeechAdapterConfig(kind=kind, hidden_sizes=HIDDEN_SIZES[kind]), "ann")
+    counts = model.count_parameters()
+    assert 0 < counts["adapter"] <= 0.04 * counts["total"]
