@@ -21,4 +21,4 @@ def test_docstring_examples_hold(module):
 
 
 def test_examples_in_code_fences_are_found():
-    assert doctest.testmod(importlib.import_module("modeling.adapters")).attempted >= 5
+    assert doctest.testmod(importlib.import_module("modeling.adapter_config")).attempted >= 5
