@@ -28,6 +28,7 @@ RENAMED_COLUMNS = {
     "speaker": "speaker_id",
     "client_id": "speaker_id",
 }
+STRING_COLUMNS = ("speaker_id", "domain")  # names, even where a corpus writes them as numbers
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # those of the audiofolder convention
 CHOICES = "Give a manifest (.csv, .tsv, .jsonl, .parquet), a folder with metadata.csv, a Hub name, or `synthetic`."
@@ -62,8 +63,9 @@ def load_corpus(
 
     Returns:
         The rows with all their columns; `sentence`, `transcription` and `transcript` are renamed to `text`, `speaker`
-        and `client_id` to `speaker_id` (a string). The fingerprint follows the recordings' sizes and times of change,
-        so that features computed from an older recording are not found in the cache.
+        and `client_id` to `speaker_id`; that and `domain`, the kind of recording, are strings. The fingerprint follows
+        the recordings' sizes and times of change, so that features computed from an older recording are not found in
+        the cache.
 
     Raises:
         ValueError: The corpus, split or a required column does not exist, a row lacks a value, its recording is
@@ -300,7 +302,7 @@ def _check_row(
         if row[column] is None or not str(row[column]).strip():
             raise ValueError(f"`{column}` {where} must not be empty. Fill it in or remove the row.")
     row = {**row, "audio": _locate_audio(row["audio"], f"`audio` {where}", manifest)}
-    for column in {"text", "speaker_id"} & row.keys():
+    for column in {"text", *STRING_COLUMNS} & row.keys():
         row[column] = None if row[column] is None else str(row[column])
     return row
 
@@ -364,8 +366,8 @@ def _load_tables(
     _check_columns(["audio", *required_columns], columns, name)
     # Cast first: renaming streamed rows passes them through the features they have, which would decode them.
     corpus = corpus.cast_column("audio", UNDECODED_AUDIO if streaming else Audio(decode=False)).rename_columns(renames)
-    if "speaker_id" in columns:
-        corpus = corpus.cast_column("speaker_id", Value("string"))
+    for column in sorted(set(STRING_COLUMNS) & set(columns)):
+        corpus = corpus.cast_column(column, Value("string"))
     if not streaming:  # `load_dataset` itself refuses a table without rows
         _check_texts(corpus, name, required_columns)
     elif next(iter(corpus), None) is None:

@@ -155,6 +155,17 @@ def test_load_corpus_renames_columns_to_the_project_s(folder, text, speaker):
     assert corpus["speaker_id"][:] == ["0", "1", "2", "3"]
 
 
+def test_load_corpus_reads_domains_as_names(folder):
+    rows = [row | {"domain": number} for number, row in enumerate(ROWS)]
+    corpus = load_corpus(str(write_json_lines(folder / "rows.jsonl", rows)), required_columns=("domain",))
+    assert corpus["domain"][:] == ["0", "1", "2", "3"]
+    tables = folder.parent / "tables"
+    tables.mkdir()
+    table = Dataset.from_list([{"audio": {"path": "x.wav", "bytes": b"x"}, "domain": number} for number in (7, 8)])
+    table.cast_column("audio", Audio()).to_parquet(tables / "train.parquet")
+    assert load_corpus(str(tables), required_columns=("domain",))["domain"][:] == ["7", "8"]
+
+
 def test_load_corpus_renames_the_first_of_several_texts_and_none_beside_a_text(folder):
     row = {"path": "wav/a.wav", "transcript": "three", "sentence": "one"}
     first = load_corpus(str(write_json_lines(folder / "several.jsonl", [row])))[0]
@@ -300,7 +311,7 @@ def test_load_corpus_checks_only_the_rows_of_the_split(folder):
 
 
 @pytest.mark.parametrize("empty", ["", "  "])
-@pytest.mark.parametrize("column", ["text", "speaker_id"])
+@pytest.mark.parametrize("column", ["text", "speaker_id", "domain"])
 def test_load_corpus_names_the_row_of_an_empty_required_cell(folder, column, empty):
     write_rows(folder / "metadata.csv", with_column(column, ["a", empty, "c", "d"]))
     assert len(load_corpus(str(folder))) == 4
