@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import librosa
 import numpy as np
 import torch
+import xxhash
 from datasets import Dataset
 
 from .audio import AudioError, read_audio
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 MAX_INFEASIBLE_SHARE = 0.05
 # Utterances named in a message before it says how many more there are.
 NUM_NAMED = 5
+# Clips whose samples are read at a time to digest them: 10 MB for clips of 10 s.
+NUM_DIGESTED = 16
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Augmentation:
         for name in ("num_time_masks", "max_time_mask_frames", "num_mel_masks", "max_mel_mask_bins"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+
+    @property
+    def changes(self) -> bool:
+        """Whether clips or features are changed at all."""
+        return not self.min_speed == self.max_speed == 1.0 or self.num_time_masks > 0 or self.num_mel_masks > 0
 
     def change_speed(self, samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Returns `samples` `(samples,)` at a random speed."""
@@ -263,9 +272,28 @@ class UtteranceDataset(torch.utils.data.Dataset):
         return [" ".join(self.texts[row] for row in group) for group in self.groups]
 
     @property
+    def labels(self) -> list[list[int]]:
+        """The tokens of every utterance's transcript."""
+        return self.processor.tokenizer(self.references).input_ids
+
+    @property
     def seconds(self) -> float:
         """Seconds of speech in one epoch."""
         return sum(self.num_samples) / self.processor.feature_extractor.sampling_rate
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the utterances differ from epoch to epoch, by augmentation or by which clips come together."""
+        return self.augmentation is not None and (self.concatenate[1] > 1 or self.augmentation.changes)
+
+    @cached_property
+    def samples_digest(self) -> str:
+        """32 hexadecimal digits over the samples of every clip, in the order of the clips."""
+        digest = xxhash.xxh3_128(repr(self.num_samples).encode())
+        for table in self.clips.with_format("arrow", columns=["samples"]).iter(NUM_DIGESTED):
+            for chunk in table["samples"].chunks:
+                digest.update(chunk.flatten().to_numpy())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.groups)
