@@ -1,8 +1,77 @@
 """The parts of a speech adapter that train: small maps from a module's input or output to a change of its output."""
 
+import hashlib
+
+import torch
 from torch import nn
 
-from .adapter_config import SpeechAdapterConfig
+from .adapter_config import RESIDUAL_KINDS, SpeechAdapterConfig
+from .adapter_transformer import TransformerBlock
+
+# Chances are counted in so many parts: one random byte decides about one value.
+CHANCES = 256
+# Module under which a model keeps its adapters by name.
+NAMED_BLOCKS = "speech_adapter_blocks"
+
+
+class AdapterDropout(nn.Dropout):
+    """
+    Dropout whose masks cost a byte of randomness a value on a CPU, and that `seed_dropout` makes repeatable.
+
+    There, the chance to keep a value is rounded to 256ths, at least one; what is kept is scaled by its exact inverse.
+    Unseeded, the masks come from torch's global generator.
+    """
+
+    seed: int | None = None
+    generator: torch.Generator | None = None
+
+    def reseed(self, seed: int) -> None:
+        """Lets the masks to come depend on `seed` and the number of values alone."""
+        self.seed = seed
+        if self.generator is not None:
+            self.generator.manual_seed(seed)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return hidden_states
+        device = hidden_states.device
+        if self.seed is not None and (self.generator is None or self.generator.device != device):
+            self.generator = torch.Generator(device).manual_seed(self.seed)
+        if device.type == "cpu":
+            return self._drop_by_bytes(hidden_states)
+        if self.generator is None:
+            return nn.functional.dropout(hidden_states, self.p)
+        is_kept = torch.rand(hidden_states.shape, device=device, generator=self.generator) >= self.p
+        return hidden_states * is_kept / (1 - self.p)
+
+    def _drop_by_bytes(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        kept = max(1, round(CHANCES * (1 - self.p)))
+        words = torch.empty(-(-hidden_states.numel() // 8), dtype=torch.int64)
+        chances = words.random_(-(2**63), None, generator=self.generator).view(torch.uint8)
+        is_kept = chances[: hidden_states.numel()].view(hidden_states.shape) < kept
+        # Values times mask times scale in one pass, with a gradient of its own.
+        return torch.ops.aten.native_dropout_backward(hidden_states, is_kept, CHANCES / kept)
+
+
+def seed_dropout(model: nn.Module, seed: int) -> None:
+    """
+    Reseeds every [`AdapterDropout`] in `model`, each of an adapter's differently.
+
+    A dropout's seed depends on how many of the same adapter stand before it and not on the adapter's name: an adapter
+    draws the same masks alone and among others.
+
+    Args:
+        model: A model with adapters, or one adapter's blocks.
+        seed: Of all of them.
+    """
+    num_before: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterDropout):
+            _, _, below = name.rpartition(f"{NAMED_BLOCKS}.")
+            adapter = below.split(".")[0] if f"{NAMED_BLOCKS}." in name else ""
+            position = num_before[adapter] = num_before.get(adapter, -1) + 1
+            digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+            module.reseed(int.from_bytes(digest, "big") >> 1)
 
 
 class MLPBlock(nn.Sequential):
@@ -11,13 +80,18 @@ class MLPBlock(nn.Sequential):
     def __init__(self, in_features: int, out_features: int, config: SpeechAdapterConfig):
         layers: list[nn.Module] = []
         for size in config.hidden_sizes:
-            layers += [nn.Linear(in_features, size), nn.ReLU(), nn.Dropout(config.dropout)]
+            layers += [nn.Linear(in_features, size), nn.ReLU(), AdapterDropout(config.dropout)]
             in_features = size
         super().__init__(*layers, nn.Linear(in_features, out_features))
         self.kind = config.kind
         if config.kind == "mlp":
             nn.init.zeros_(self[-1].weight)
             nn.init.zeros_(self[-1].bias)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer that is zero at the start of a residual adapter."""
+        return self[-1]
 
 
 class BottleneckBlock(nn.Sequential):
@@ -29,16 +103,54 @@ class BottleneckBlock(nn.Sequential):
             nn.LayerNorm(out_features),
             nn.Linear(out_features, size),
             nn.ReLU(),
-            nn.Dropout(config.dropout),
+            AdapterDropout(config.dropout),
             nn.Linear(size, out_features),
         )
         self.kind = config.kind
         nn.init.zeros_(self[-1].weight)
         nn.init.zeros_(self[-1].bias)
 
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer that is zero at the start of a residual adapter."""
+        return self[-1]
+
+
+def find_widths(module: nn.Module) -> tuple[int | None, int | None]:
+    """
+    Returns the last axis of what `module` takes and of what it gives, `None` where it does not say.
+
+    It says so itself, as a linear map does, or is a norm of the last axis or a module around one linear map.
+    """
+    if len(shape := getattr(module, "normalized_shape", ())) == 1:
+        return shape[0], shape[0]
+    maps = [part for part in module.children() if hasattr(part, "in_features")]
+    part = maps[0] if len(maps) == 1 and not hasattr(module, "out_features") else module
+    return getattr(part, "in_features", None), getattr(part, "out_features", None)
+
 
 def make_block(base: nn.Module, config: SpeechAdapterConfig) -> nn.Module:
-    """Returns the block of a fresh adapter around `base`, which has `in_features` and `out_features`."""
-    if config.kind == "bottleneck":
-        return BottleneckBlock(base.out_features, config)
-    return MLPBlock(base.in_features, base.out_features, config)
+    """
+    Returns the block of a fresh adapter around `base`; its `position` says what it changes.
+
+    That is the input of the base (`"before"`), its output (`"after"`), or its output as the input has it (`"beside"`).
+
+    Raises:
+        ValueError: The widths of `base` are unknown or do not suit the configuration.
+    """
+    position = (config.position or "after") if config.kind in RESIDUAL_KINDS else "beside"
+    in_features, out_features = find_widths(base)
+    if (position != "after" and in_features is None) or (position != "before" and out_features is None):
+        raise ValueError(
+            f"`target_modules` must name modules with `in_features` and `out_features`, got a {type(base).__name__}. "
+            "Name the linear map or the block before it."
+        )
+    width = in_features if position == "before" else out_features
+    if config.kind == "transformer":
+        block = TransformerBlock(width, config)
+    elif config.kind == "bottleneck":
+        block = BottleneckBlock(width, config)
+    else:
+        block = MLPBlock(in_features, out_features, config)
+    block.position = position
+    return block

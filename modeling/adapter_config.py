@@ -1,21 +1,40 @@
 """What a speech adapter is: its kind, its sizes, the modules that it wraps."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-KINDS = ("mlp", "bottleneck", "replacement")
+KINDS = ("mlp", "bottleneck", "replacement", "transformer")
 DEFAULT_HIDDEN_SIZES = {"mlp": [512, 256], "replacement": [512, 256], "bottleneck": [64]}
-# Modules that a kind wraps in this project's models, as regular expressions over whole module names.
+# Modules that a kind wraps, by type of model: a regular expression over whole names, or the ends of names.
 DEFAULT_TARGETS = {
     "deepspeech2": {
         "mlp": "classifier",
         "replacement": "classifier",
         "bottleneck": r"encoder\.(conv|rnn_layers\.\d+)",
     },
+    "whisper": dict.fromkeys(("mlp", "bottleneck", "transformer"), ["encoder.layer_norm"]),
+    "qwen2_audio": dict.fromkeys(("mlp", "bottleneck", "transformer"), ["multi_modal_projector"]),
 }
+# A residual adapter changes the input of the module that it wraps ("before") or its output ("after").
+POSITIONS = ("before", "after")
+RESIDUAL_KINDS = ("bottleneck", "transformer")
+# Types of models whose default targets are changed before and not after.
+BEFORE_DEFAULT_TARGETS = ("qwen2_audio",)
+# Sizes of a transformer, for under 5,000 clips, 5,000 to 20,000, and more.
+PRESETS = {
+    "lightweight": {"num_layers": 1, "num_heads": 4, "ffn_size": 1024, "dropout": 0.1, "use_gate": False},
+    "standard": {"num_layers": 2, "num_heads": 8, "ffn_size": 2048, "dropout": 0.1, "use_gate": True},
+    "heavy": {"num_layers": 4, "num_heads": 16, "ffn_size": 4096, "dropout": 0.15, "use_gate": True},
+}
+# What a transformer has without a preset, and whatever a preset says nothing about.
+TRANSFORMER_DEFAULTS = {**PRESETS["standard"], "use_positions": True, "scale_init": 1.0}
+TRANSFORMER_FIELDS = ("preset", *(name for name in TRANSFORMER_DEFAULTS if name != "dropout"))
+MAX_LAYERS = 64
+DEFAULT_DROPOUT = 0.1
 
 
 def extend_peft_types(name: str) -> PeftType:
@@ -38,19 +57,36 @@ class SpeechAdapterConfig(PeftConfig):
     """
     Configuration of a speech adapter.
 
+    A field of another kind than the adapter's must be left out.
+
     Args:
-        kind: `"mlp"`, `"bottleneck"` or `"replacement"`, see the top of this file.
+        kind: `"mlp"`, `"bottleneck"`, `"replacement"` or `"transformer"`, see the top of `adapters.py`.
         target_modules: Names of the modules to wrap, or one regular expression over whole names. Default: what the
-            kind wraps in this project's models.
+            kind wraps in this project's models, in Whisper (the encoder's last norm) and in Qwen2-Audio (the
+            projector).
         exclude_modules: Names not to wrap, likewise.
-        hidden_sizes: Widths of the hidden layers; a bottleneck has one. Default: `[512, 256]`, bottleneck `[64]`.
-        dropout: Dropout after every hidden layer while training.
+        position: Of a bottleneck or transformer: it changes the wrapped module's input (`"before"`) or output
+            (`"after"`). Default: after, but before Qwen2-Audio's projector.
+        hidden_sizes: Widths of the hidden layers; a bottleneck has one, a transformer none. An mlp with `[]` is a
+            linear map: beside a linear module it trains as that module itself would. Default: `[512, 256]`,
+            bottleneck `[64]`.
+        dropout: Dropout after every hidden layer while training; of a transformer also on its attention. Default: .1,
+            or the preset's.
+        preset: Sizes of a transformer, `"lightweight"`, `"standard"` or `"heavy"`; fields that are given win. Default:
+            those of `"standard"`. The table in `adapter_transformer.py` has them and the numbers of parameters.
+        num_layers: Layers of a transformer.
+        num_heads: Heads of its attention; they divide the width of the wrapped module.
+        ffn_size: Width inside its feed-forward parts.
+        use_gate: Whether each channel of its change has a gate between 0 and 1 for each frame.
+        use_positions: Whether it adds positions to its input. Default: yes.
+        scale_init: Factor of its change before training, which learns it; not 0. Default: 1.
         base_fingerprint: What the base is, filled in when the adapter is saved; see `fingerprint.py`.
         base_mismatch_allowed: Whether the adapter has been put on another base on purpose.
 
     Raises:
-        ValueError: An unknown kind, widths that are no positive integers, a dropout outside [0, 1), modules that are
-            neither names nor a regular expression, or a value of another type.
+        ValueError: An unknown kind, preset or position, a field that is another kind's, sizes that are no positive
+            integers, a dropout outside [0, 1), a scale that is 0 or not finite, modules that are neither names nor a
+            regular expression, or a value of another type.
 
     Example:
 
@@ -61,15 +97,26 @@ class SpeechAdapterConfig(PeftConfig):
     >>> model.add_adapter(SpeechAdapterConfig(kind="mlp"), "alice")
     >>> model.count_parameters()["adapter"]
     1170128
+    >>> config = SpeechAdapterConfig(kind="transformer", preset="heavy", num_layers=2)
+    >>> config.num_layers, config.num_heads, config.dropout
+    (2, 16, 0.15)
 
     ```
     """
 
-    kind: str = field(default="mlp", metadata={"help": "mlp, bottleneck or replacement"})
+    kind: str = field(default="mlp", metadata={"help": "mlp, bottleneck, replacement or transformer"})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "modules to wrap"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "modules not to wrap"})
+    position: str | None = field(default=None, metadata={"help": "before or after the wrapped module"})
     hidden_sizes: list[int] | None = field(default=None, metadata={"help": "widths of the hidden layers"})
-    dropout: float = field(default=0.1, metadata={"help": "dropout after every hidden layer"})
+    dropout: float | None = field(default=None, metadata={"help": "dropout after every hidden layer"})
+    preset: str | None = field(default=None, metadata={"help": "lightweight, standard or heavy"})
+    num_layers: int | None = field(default=None, metadata={"help": "layers of a transformer"})
+    num_heads: int | None = field(default=None, metadata={"help": "heads of its attention"})
+    ffn_size: int | None = field(default=None, metadata={"help": "width inside its feed-forward parts"})
+    use_gate: bool | None = field(default=None, metadata={"help": "whether its change has gates"})
+    use_positions: bool | None = field(default=None, metadata={"help": "whether it adds positions to its input"})
+    scale_init: float | None = field(default=None, metadata={"help": "factor of its change before training"})
     base_fingerprint: dict | None = field(default=None, metadata={"help": "what the base is"})
     base_mismatch_allowed: bool = field(default=False, metadata={"help": "was put on another base on purpose"})
 
@@ -78,15 +125,14 @@ class SpeechAdapterConfig(PeftConfig):
         self.peft_type = SPEECH_ADAPTER
         if self.kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}.")
-        if self.hidden_sizes is None:
-            self.hidden_sizes = list(DEFAULT_HIDDEN_SIZES[self.kind])
-        is_integer = isinstance(self.hidden_sizes, list) and all(type(size) is int for size in self.hidden_sizes)
-        if not is_integer or not self.hidden_sizes or min(self.hidden_sizes) < 1:
-            raise ValueError(f"`hidden_sizes` must be a list of positive integers, got {self.hidden_sizes!r}.")
-        if self.kind == "bottleneck" and len(self.hidden_sizes) != 1:
-            raise ValueError(f"`hidden_sizes` of a bottleneck must be one width, got {self.hidden_sizes}.")
+        if self.kind == "transformer":
+            self._fill_transformer()
+            self._check_transformer()
+        else:
+            self._fill_and_check_widths()
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be from 0 to below 1, got {self.dropout!r}.")
+        self._check_position()
         if not isinstance(self.base_fingerprint, (dict, type(None))) or type(self.base_mismatch_allowed) is not bool:
             raise ValueError(
                 "`base_fingerprint` must be a dict and `base_mismatch_allowed` true or false, got "
@@ -96,6 +142,51 @@ class SpeechAdapterConfig(PeftConfig):
         check_module_names("exclude_modules", self.exclude_modules)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+
+    def _fill_transformer(self) -> None:
+        if self.hidden_sizes is not None:
+            raise ValueError(
+                f"`hidden_sizes` must be left out of a transformer, got {self.hidden_sizes}. Give a `preset`, or its "
+                "sizes one by one."
+            )
+        if self.preset not in (None, *PRESETS):
+            raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
+        for name, default in (TRANSFORMER_DEFAULTS | PRESETS.get(self.preset, {})).items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+
+    def _check_transformer(self) -> None:
+        for name in ("num_layers", "num_heads", "ffn_size"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.num_layers > MAX_LAYERS:  # a configuration of unknown origin must not build modules for hours
+            raise ValueError(f"`num_layers` must be at most {MAX_LAYERS}, got {self.num_layers}.")
+        for name in ("use_gate", "use_positions"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+        is_number = type(self.scale_init) in (int, float) and math.isfinite(self.scale_init)
+        if not is_number or not self.scale_init:
+            raise ValueError(f"`scale_init` must be a number other than 0, got {self.scale_init!r}.")
+
+    def _fill_and_check_widths(self) -> None:
+        if given := [name for name in TRANSFORMER_FIELDS if getattr(self, name) is not None]:
+            raise ValueError(f"`{given[0]}` must be left out of a {self.kind} adapter: only a transformer has it.")
+        if self.dropout is None:
+            self.dropout = DEFAULT_DROPOUT
+        if self.hidden_sizes is None:
+            self.hidden_sizes = list(DEFAULT_HIDDEN_SIZES[self.kind])
+        is_integer = isinstance(self.hidden_sizes, list) and all(type(size) is int for size in self.hidden_sizes)
+        is_linear = self.kind == "mlp" and self.hidden_sizes == []
+        if not is_linear and (not is_integer or not self.hidden_sizes or min(self.hidden_sizes) < 1):
+            raise ValueError(f"`hidden_sizes` must be a list of positive integers, got {self.hidden_sizes!r}.")
+        if self.kind == "bottleneck" and len(self.hidden_sizes) != 1:
+            raise ValueError(f"`hidden_sizes` of a bottleneck must be one width, got {self.hidden_sizes}.")
+
+    def _check_position(self) -> None:
+        if self.position is not None and self.kind not in RESIDUAL_KINDS:
+            raise ValueError(f"`position` must be left out of a {self.kind} adapter: it stands beside its module.")
+        if self.position not in (None, *POSITIONS):
+            raise ValueError(f"`position` must be one of {', '.join(POSITIONS)}, got {self.position!r}.")
 
 
 def check_module_names(argument: str, names: object) -> None:

@@ -9,11 +9,15 @@ from torch import nn
 from .active_adapters import check_adapter_name
 from .adapter_blocks import make_block
 from .adapter_config import SpeechAdapterConfig
+from .frame_lengths import FrameLengths
+
+# A block and the rows of the batch that it acts on: all, a run of rows, or any.
+Group = tuple[nn.Module, slice | list[int]]
 
 
 class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
     """
-    Wraps a module that has `in_features` and `out_features` with named adapters, at most one of them active.
+    Wraps a module whose widths are known with named adapters, at most one of them active.
 
     The base module runs once on all rows; adapters act on its input and output, a group of rows at a time when
     [`adapter_rows`] asks for it.
@@ -27,6 +31,8 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # Blocks that an `AdapterStore` lends while it serves a batch: no part of the model, never saved with it.
         self.served_blocks: dict[str, nn.Module] = {}
+        # Of the running batch, where an adapter must know what is padding.
+        self.frame_lengths: FrameLengths | None = None
         self.speech_adapter_blocks = nn.ModuleDict()
         self._active_adapter = [adapter_name]
         self.update_layer(adapter_name, config)
@@ -34,20 +40,27 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SpeechAdapterConfig) -> None:
         """Adds the adapter `adapter_name`, on the base's device."""
         check_adapter_name(adapter_name)
-        base = self.get_base_layer()
-        if not hasattr(base, "out_features"):
-            raise ValueError(
-                f"`target_modules` must name modules with `in_features` and `out_features`, got a "
-                f"{type(base).__name__}. Name the linear map or the block before it."
-            )
-        self.speech_adapter_blocks[adapter_name] = make_block(base, config)
+        self.speech_adapter_blocks[adapter_name] = make_block(self.get_base_layer(), config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @property
+    def needs_frame_lengths(self) -> bool:
+        """Whether an adapter here must know what is padding."""
+        return any(block.kind == "transformer" for block in self.speech_adapter_blocks.values())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes the adapter `adapter_name` away, and what it had set up in the model."""
+        super().delete_adapter(adapter_name)
+        if self.frame_lengths is not None and not self.needs_frame_lengths:
+            self.frame_lengths.release()
+            self.frame_lengths = None
+
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
         # A wrapped block has no `weight` of its own, and adapters stay in fp32 over a base in half precision.
+        # Over a base without memory (a part that is not loaded) they stay where they were made.
         parameter = next(base_layer.parameters(), None)
-        return (None if parameter is None else parameter.device), None
+        return (None if parameter is None or parameter.is_meta else parameter.device), None
 
     def merge(self, *_args, **_kwargs) -> None:
         raise ValueError("Speech adapters are not linear and cannot be merged into the base. Keep them beside it.")
@@ -56,19 +69,60 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         """There is nothing to take back: speech adapters are never merged."""
 
     def forward(self, hidden_states: torch.Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs):
-        output = self.base_layer(hidden_states, *args, **kwargs)
         if self.disable_adapters:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        groups = self._group_rows(adapter_names)
+        before = [group for group in groups if group[0].position == "before"]
+        behind = [group for group in groups if group[0].position != "before"]
+        lengths = self.frame_lengths and self.frame_lengths.repeated(len(hidden_states))
+        hidden_states = self._adapt_rows(before, hidden_states, hidden_states, lengths)
+        output = self.base_layer(hidden_states, *args, **kwargs)
+        if not behind:
             return output
+        is_fresh = self._is_fresh(output, (hidden_states, *args, *kwargs.values()))
+        return self._adapt_rows(behind, hidden_states, output, lengths, may_overwrite=is_fresh)
+
+    def _is_fresh(self, output: torch.Tensor, inputs: Sequence[object]) -> bool:
+        """Whether the base's `output` may be overwritten: no gradient, input, weight or hook needs it as it is."""
+        if torch.is_grad_enabled() or any(module._forward_hooks for module in self.base_layer.modules()):
+            return False
+        others = [*inputs, *self.base_layer.parameters(), *self.base_layer.buffers()]
+        places = {other.untyped_storage().data_ptr() for other in others if isinstance(other, torch.Tensor)}
+        return output.untyped_storage().data_ptr() not in places
+
+    def _group_rows(self, adapter_names: Sequence[str] | None) -> list[Group]:
         if adapter_names is None:
-            return self._adapt(self._single_active_adapter(), hidden_states, output)
-        if len(set(adapter_names)) == 1:
-            return self._adapt(adapter_names[0], hidden_states, output)
-        adapted = torch.empty_like(output)
-        for name in dict.fromkeys(adapter_names):
-            rows = torch.tensor(
-                [row for row, other in enumerate(adapter_names) if other == name], device=output.device
-            )
-            adapted.index_copy_(0, rows, self._adapt(name, hidden_states[rows], output[rows]))
+            block = self.find_block(self._single_active_adapter())
+            return [] if block is None else [(block, slice(None))]
+        rows_of: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows_of.setdefault(name, []).append(row)
+        if len(rows_of) == 1:
+            rows_of = {name: slice(None) for name in rows_of}
+        groups = [(self.find_block(name), rows) for name, rows in rows_of.items()]
+        return [(block, _as_run(rows)) for block, rows in groups if block is not None]
+
+    def _adapt_rows(
+        self,
+        groups: list[Group],
+        source: torch.Tensor,
+        target: torch.Tensor,
+        lengths: torch.Tensor | None,
+        *,
+        may_overwrite: bool = False,
+    ) -> torch.Tensor:
+        """Returns `target`, changed in the rows of each group; `source` is what came into the base."""
+        if not groups:
+            return target
+        if groups[0][1] == slice(None):
+            return self._adapt(groups[0][0], source, target, lengths)
+        adapted = target if may_overwrite else target.clone()
+        for block, rows in groups:
+            change = self._change(block, source[rows], target[rows], None if lengths is None else lengths[rows])
+            if block.kind == "replacement":
+                adapted[rows] = change
+            else:
+                adapted[rows] += change
         return adapted
 
     def _single_active_adapter(self) -> str | None:
@@ -92,20 +146,48 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         Args:
             hidden_states: Input of the base `(frames, in_features)`.
             output: Output of the base `(frames, out_features)`.
-            frames_of: Which frames belong to which adapter. Default: the active one acts on all.
+            frames_of: Which frames belong to which adapter, each to one. Default: the active one acts on all.
+
+        Raises:
+            ValueError: An adapter looks at whole rows, or changes the base's input.
         """
         if self.disable_adapters:
             return output
         if frames_of is None:
-            return self._adapt(self._single_active_adapter(), hidden_states, output)
-        adapted = output.clone()
-        for name, frames in frames_of.items():
-            adapted = adapted.index_copy(0, frames, self._adapt(name, hidden_states[frames], output[frames]))
-        return adapted
+            return self._adapt_known(self._single_active_adapter(), hidden_states, output)
+        adapted = [
+            self._adapt_known(name, hidden_states.index_select(0, frames), output.index_select(0, frames))
+            for name, frames in frames_of.items()
+        ]
+        return torch.cat(adapted).index_select(0, torch.cat(list(frames_of.values())).argsort())
 
-    def _adapt(self, name: str | None, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def _adapt_known(self, name: str | None, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if (block := self.find_block(name)) is None:
             return output
-        source = output if block.kind == "bottleneck" else hidden_states
-        delta = block(source.to(block[-1].weight.dtype)).to(output.dtype)
-        return delta if block.kind == "replacement" else output + delta
+        if block.kind == "transformer" or block.position == "before":
+            raise ValueError(
+                f"`frozen_states` must go with adapters that change the output of their module frame by frame, got "
+                f"{name!r}, a {block.kind} that changes rows of frames or its module's input. Give `input_features`."
+            )
+        return self._adapt(block, hidden_states, output)
+
+    def _adapt(
+        self, block: nn.Module, source: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns `target`, the base's input or output, as `block` changes it."""
+        change = self._change(block, source, target, lengths)
+        return change if block.kind == "replacement" else target + change
+
+    @staticmethod
+    def _change(
+        block: nn.Module, source: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns what `block` adds to `target`, or says in its place."""
+        states = (source if block.position == "beside" else target).to(block.last_layer.weight.dtype)
+        return (block(states, lengths) if block.kind == "transformer" else block(states)).to(target.dtype)
+
+
+def _as_run(rows: slice | list[int]) -> slice | list[int]:
+    """Rows that follow one another as a slice, which copies nothing."""
+    is_run = isinstance(rows, list) and rows[-1] - rows[0] == len(rows) - 1
+    return slice(rows[0], rows[-1] + 1) if is_run else rows

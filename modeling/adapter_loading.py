@@ -106,15 +106,25 @@ def check_base(
     saved: SavedAdapter, model: nn.Module, processor: ProcessorMixin | None, *, allow_base_mismatch: bool
 ) -> bool:
     """
-    Returns whether `saved` was made for another base than `model`; warns if its files do not say for which.
+    Returns whether `saved` was made for another base than `model`, as [`compare_bases`].
 
     Raises:
         ValueError: It was, and that is not allowed.
     """
+    ours = fingerprint_base(model) | (fingerprint_processor(processor) if processor else {})
+    return compare_bases(saved, ours, allow_base_mismatch=allow_base_mismatch)
+
+
+def compare_bases(saved: SavedAdapter, ours: dict[str, object], *, allow_base_mismatch: bool) -> bool:
+    """
+    Returns whether `saved` is of another base than that with the fingerprint `ours`; warns if its files do not say.
+
+    Raises:
+        ValueError: It is, and that is not allowed.
+    """
     if saved.base_fingerprint is None:
         logger.warning("%s does not say which base it was made for; it is loaded unchecked.", saved.source)
         return False
-    ours = fingerprint_base(model) | (fingerprint_processor(processor) if processor else {})
     differences = list_differences(saved.base_fingerprint, ours)
     if differences and not allow_base_mismatch:
         raise ValueError(
@@ -136,9 +146,9 @@ def check_fit(saved: SavedAdapter, model: nn.Module, adapter_name: str) -> None:
             too much or of another shape.
     """
     _check_patterns(saved, [name for name, _ in model.named_modules()])
-    restore = _remember(model)
+    restore = remember_modules(model)
     try:
-        with _without_false_alarms():
+        with without_false_alarms():
             inject_adapter_in_model(copy.deepcopy(saved.config), model, adapter_name, low_cpu_mem_usage=True)
             state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         expected = {name_on_disk(key): tuple(value.shape) for key, value in state.items()}
@@ -147,13 +157,19 @@ def check_fit(saved: SavedAdapter, model: nn.Module, adapter_name: str) -> None:
     finally:
         restore()
     if saved.config.peft_type == SPEECH_ADAPTER_TYPE:
-        _check_tensors(saved, expected)
+        check_tensors(saved, expected)
     elif sum(map(_count, expected.values())) > sum(value.numel() for value in saved.tensors.values()):
         # Names may differ here: transformers renames those of adapters that older versions have saved.
         raise _misfit(saved, "its configuration asks for more weights than the file has")
 
 
-def _check_tensors(saved: SavedAdapter, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(saved: SavedAdapter, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """
+    Makes sure that `saved` has the tensors `expected`, name to shape, and no others.
+
+    Raises:
+        ValueError: It has not.
+    """
     if wrong := sorted(expected.keys() ^ saved.tensors.keys()):
         raise _wrong_tensors(saved, wrong[0])
     for name, value in saved.tensors.items():
@@ -223,7 +239,7 @@ def _inject(
     load_config: object | None,
 ) -> object:
     try:
-        with _without_false_alarms():
+        with without_false_alarms():
             loaded = PeftAdapterMixin.load_adapter(
                 model,
                 saved.folder,  # not looked at: configuration and tensors are given
@@ -242,7 +258,7 @@ def _inject(
 
 
 @contextmanager
-def _without_false_alarms() -> Iterator[None]:
+def without_false_alarms() -> Iterator[None]:
     """transformers 5.23 warns that the tensors of adapters loaded before are missing; its answer is read instead."""
     report = logging.getLogger("transformers.integrations.peft")
     level = report.level
@@ -258,7 +274,7 @@ def _without_false_alarms() -> Iterator[None]:
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """On an error inside, gives `model` back the modules, adapters, modes and `requires_grad` that it had before."""
-    restore = _remember(model)
+    restore = remember_modules(model)
     try:
         yield
     except BaseException:
@@ -266,7 +282,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _remember(model: nn.Module) -> Callable[[], None]:
+def remember_modules(model: nn.Module) -> Callable[[], None]:
+    """Returns a function that gives `model` back its modules, adapters, modes and `requires_grad` of now."""
     modules = []
     for module in model.modules():
         containers = [value for value in vars(module).values() if isinstance(value, (dict, list, set))]

@@ -14,6 +14,7 @@ from .active_adapters import find_adapter_layers
 logger = logging.getLogger(__name__)
 
 PROBE_FRAMES = 50  # half a second of features at 10 ms
+PROBE_CLIP_FRAMES = 100  # a second, of which an audio language model's tower leaves a quarter
 PROBE_SAMPLES = 8_000  # half a second at 16 kHz
 PROBE_TOKENS = 8
 
@@ -71,6 +72,10 @@ def make_probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
         features = normal(1, num_mel_bins, 2 * config.max_source_positions)  # the encoder halves the frames
         start = torch.tensor([[config.decoder_start_token_id]], device=model.device)
         return {"input_features": features, "decoder_input_ids": start}
+    if config.model_type == "qwen2_audio":
+        audio = config.audio_config
+        features = normal(1, audio.num_mel_bins, 2 * audio.max_source_positions)
+        return {"input_features": features, **_make_audio_prompt(model, features.shape[-1])}
     if config.sub_configs:  # several parts: a batch for one of them tells nothing about an adapter in another
         return None
     if model.main_input_name == "input_features" and num_mel_bins:
@@ -82,12 +87,22 @@ def make_probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     return None
 
 
+def _make_audio_prompt(model: PreTrainedModel, num_frames: int) -> dict[str, torch.Tensor]:
+    """A clip of a second and a placeholder for each of its frames in the text, as Qwen2-Audio's processor has them."""
+    mask = (torch.arange(num_frames) < PROBE_CLIP_FRAMES).long().unsqueeze(0).to(model.device)
+    counter = next(part for part in model.modules() if hasattr(part, "_get_feat_extract_output_lengths"))
+    _, num_placeholders = counter._get_feat_extract_output_lengths(mask.sum(-1))
+    tokens = torch.full((1, int(num_placeholders) + 1), model.config.audio_token_id, device=model.device)
+    tokens[0, -1] = 0  # any word
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "feature_attention_mask": mask}
+
+
 def _last_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     """Of every block of the adapter, the parameters of the layer that is zero at the start."""
     modules: list[nn.Module] = []
     for layer in find_adapter_layers(model):
         blocks = getattr(layer, "speech_adapter_blocks", {})
-        modules += [blocks[adapter_name][-1]] if adapter_name in blocks else []
+        modules += [blocks[adapter_name].last_layer] if adapter_name in blocks else []
         for kind in ("lora_B", "lora_embedding_B"):
             parts = getattr(layer, kind, {})
             modules += [parts[adapter_name]] if adapter_name in parts else []

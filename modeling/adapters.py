@@ -6,7 +6,11 @@ A speech adapter is injected by module name and used through the library's verbs
     kind         output of the wrapped module                 start
     mlp          base(x) + MLP(x)                             MLP's last layer is zero: the base
     bottleneck   y + up(relu(down(norm(y)))), y = base(x)     up is zero: the base
+    transformer  y + scale * gate(y) * norm(layers(y))        norm is zero: the base
     replacement  MLP(x)                                       random, or an imported head
+
+At position "before", a bottleneck or transformer changes x and not y: base(x + ...). Of them and the mlp, Whisper
+(after the encoder) and Qwen2-Audio (before the projector) have defaults.
 """
 
 from collections.abc import Sequence
@@ -17,6 +21,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
+from torch import nn
 from transformers import ProcessorMixin
 
 from .active_adapters import (
@@ -28,10 +33,19 @@ from .active_adapters import (
     find_adapter_layers,
     is_adapter_parameter,
 )
-from .adapter_config import DEFAULT_TARGETS, KINDS, SPEECH_ADAPTER, SpeechAdapterConfig
+from .adapter_code import save_adapter_code
+from .adapter_config import (
+    BEFORE_DEFAULT_TARGETS,
+    DEFAULT_TARGETS,
+    KINDS,
+    RESIDUAL_KINDS,
+    SPEECH_ADAPTER,
+    SpeechAdapterConfig,
+)
 from .adapter_files import ADAPTER_WEIGHTS_NAME, name_on_disk, save_adapter
 from .adapter_layer import SpeechAdapterLayer
 from .adapter_loading import load_speech_adapter
+from .frame_lengths import FrameLengths
 
 __all__ = [
     "ADAPTER_WEIGHTS_NAME",
@@ -51,6 +65,7 @@ __all__ = [
     "load_speech_adapter",
     "name_on_disk",
     "save_adapter",
+    "save_adapter_code",
 ]
 
 
@@ -62,15 +77,27 @@ class SpeechAdapterModel(BaseTuner):
     target_module_mapping = DEFAULT_TARGETS
 
     def _prepare_adapter_config(self, peft_config: SpeechAdapterConfig, model_config: dict) -> SpeechAdapterConfig:
-        if peft_config.target_modules is None:
-            targets = DEFAULT_TARGETS.get(model_config["model_type"], {})
+        model_type, is_default = model_config["model_type"], peft_config.target_modules is None
+        if is_default:
+            targets = DEFAULT_TARGETS.get(model_type, {})
             if peft_config.kind not in targets:
                 raise ValueError(
                     f"`target_modules` must be given for a {peft_config.kind} adapter in a model of type "
-                    f"{model_config['model_type']!r}. Name the modules to wrap."
+                    f"{model_type!r}. Name the modules to wrap."
                 )
-            peft_config.target_modules = targets[peft_config.kind]
+            names = targets[peft_config.kind]
+            peft_config.target_modules = set(names) if isinstance(names, list) else names
+        if peft_config.position is None and peft_config.kind in RESIDUAL_KINDS:
+            peft_config.position = "before" if is_default and model_type in BEFORE_DEFAULT_TARGETS else "after"
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """As PEFT's; adapters that must know what is padding begin to follow the model's calls."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for name, layer in model.named_modules():
+            if isinstance(layer, SpeechAdapterLayer) and layer.needs_frame_lengths and layer.frame_lengths is None:
+                layer.frame_lengths = FrameLengths()
+                layer.frame_lengths.follow(model, name)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, **_kwargs) -> None:
         if isinstance(target, SpeechAdapterLayer):

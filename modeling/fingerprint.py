@@ -61,7 +61,7 @@ def fingerprint_base(model: nn.Module) -> dict[str, str | int | None]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return {
         "architecture": type(model).__name__ + (f" ({model_type})" if model_type else ""),
-        "weights": _digest_tensors(tensors),
+        "weights": digest_tensors(tensors),
         "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in parameters.values()})),
         "num_parameters": sum(value.numel() for value in parameters.values()),
     }
@@ -125,7 +125,8 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield ".".join(part for part in full_name.split(".") if part not in WRAPPER_NAMES), value
 
 
-def _digest_tensors(tensors: dict[str, torch.Tensor]) -> str | None:
+def digest_tensors(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Returns 32 hexadecimal digits over tensors and their names, or `None` if some are not in memory."""
     if any(value.is_meta for value in tensors.values()):
         return None
     digest = hashlib.blake2b(digest_size=16)

@@ -3,7 +3,7 @@
 Source: Amodei et al., "Deep Speech 2" (arXiv 1512.02595), in the layout of KoSpeech, whose checkpoints convert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from transformers.utils import ModelOutput
 
 from .adapters import SpeechAdapterMixin, adapters_off, find_active_adapters, is_adapter_parameter
 from .configuration_deepspeech2 import DeepSpeech2Config
+from .packed_ctc import check_labels_fit
+from .packed_deepspeech2 import PackedBatch
+from .packed_frames import PackedOrder
 from .recurrence import run_bidirectional_gru
 
 # Logit of every class but the blank on frames that are padding: argmax gives blank there, and exp underflows to 0.
@@ -35,6 +38,8 @@ class DeepSpeech2CTCOutput(ModelOutput):
             is active.
         hidden_states (`tuple[torch.Tensor]`): Output of the convolutions and of each recurrent layer, adapters
             included, each `(batch, frames, hidden)`.
+        losses (`torch.Tensor` of shape `(adapters,)`): Loss of each adapter's own rows, when `adapter_names` are
+            given, in the order in which the names appear; `loss` is their sum.
     """
 
     loss: torch.FloatTensor | None = None
@@ -42,6 +47,7 @@ class DeepSpeech2CTCOutput(ModelOutput):
     logits_lengths: torch.LongTensor | None = None
     base_logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    losses: torch.FloatTensor | None = None
 
 
 def mask_frames(hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -94,14 +100,16 @@ class DeepSpeech2RNNLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         packed = pack_padded_sequence(hidden_states, lengths, batch_first=True, enforce_sorted=False)
-        frames = torch.relu(self.batch_norm(packed.data))  # (frames of the batch, in_features)
+        frames = self.run_packed(packed.data, PackedOrder(lengths[packed.sorted_indices.cpu()], hidden_states.device))
         packed = PackedSequence(frames, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-        num_frames = hidden_states.shape[1]
-        if hidden_states.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            padded, _ = pad_packed_sequence(packed, batch_first=True, total_length=num_frames)
-            return run_bidirectional_gru(self.rnn, padded, lengths)
-        packed, _ = self.rnn(packed)
-        return pad_packed_sequence(packed, batch_first=True, total_length=num_frames)[0]
+        return pad_packed_sequence(packed, batch_first=True, total_length=hidden_states.shape[1])[0]
+
+    def run_packed(self, frames: torch.Tensor, order: PackedOrder) -> torch.Tensor:
+        """Runs the layer on packed frames `(frames, in_features)`: `(frames, out_features)`."""
+        frames = torch.relu(self.batch_norm(frames))
+        if frames.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            return run_bidirectional_gru(self.rnn, frames, order)
+        return self.rnn(PackedSequence(frames, torch.tensor(order.batch_sizes)))[0].data
 
 
 class DeepSpeech2Classifier(nn.Sequential):
@@ -118,6 +126,9 @@ class DeepSpeech2PreTrainedModel(SpeechAdapterMixin, PreTrainedModel):
     main_input_name = "input_features"
     # The loss is a mean over utterances: Trainer must not believe that it was divided by `num_items_in_batch`.
     accepts_loss_kwargs = False
+
+    def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor) -> torch.Tensor:
+        return get_output_lengths(input_lengths)  # under the name that transformers' audio models have for it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -182,10 +193,14 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
 
     def forward(
         self,
-        input_features: torch.Tensor,
+        input_features: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         *,
+        frozen_states: Mapping[str, torch.Tensor] | None = None,
+        frozen_prefix: str | None = None,
+        logits_lengths: torch.Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
         output_hidden_states: bool | None = None,
         output_base_logits: bool | None = None,
         return_dict: bool | None = None,
@@ -195,6 +210,13 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
             input_features: Log-mel features `(batch, frames, mel)`.
             attention_mask: 1 for a frame, 0 for padding on the right, `(batch, frames)`.
             labels: Classes `(batch, tokens)`, -100 beyond a transcript's end.
+            frozen_states: In place of features, what a [`FrozenPrefix`] has made of them: states by name, packed
+                `(frames, width)` as in torch's `PackedSequence`. The rest of the model then computes real frames only
+                and returns the loss, or without `labels` the logits; neither hidden states nor base logits.
+            frozen_prefix: Name of that prefix.
+            logits_lengths: Packed frames of each row `(batch,)`, longest first.
+            adapter_names: With `frozen_states`, the speech adapter of each row: each acts on its own rows and gets the
+                gradient that they alone would give it.
             output_hidden_states: Also return every layer's output.
             output_base_logits: Also return what the base alone would say. Default: whenever an adapter is active,
                 except while training. A second pass starts at the first adapted layer, so it is cheap for an adapter
@@ -202,8 +224,18 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
 
         Raises:
             ValueError: `input_features` has another number of bins than the model, an utterance has no frame, or a
-                transcript needs more frames than there are (CTC would be infinite).
+                transcript needs more frames than there are (CTC would be infinite); `frozen_states` are not what the
+                model needs behind `frozen_prefix` or do not fit `logits_lengths`; `adapter_names` are not one
+                speech adapter of this model a row, or come without `frozen_states`.
         """
+        if frozen_states is not None:
+            batch = PackedBatch(self, frozen_states, frozen_prefix, logits_lengths, adapter_names)
+            output = self._forward_packed(batch, labels)
+            return output.to_tuple() if return_dict is False else output
+        if adapter_names is not None:
+            raise ValueError(
+                "`adapter_names` must come with `frozen_states`, got none. With features, use `adapter_rows`."
+            )
         lengths = self._get_input_lengths(input_features, attention_mask)
         input_features = mask_frames(input_features.mT, lengths).mT  # the first convolution looks 5 frames ahead
         lengths = get_output_lengths(lengths).cpu()  # packing wants lengths on the CPU
@@ -220,6 +252,29 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
             hidden_states=hidden_states if output_hidden_states else None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _forward_packed(self, batch: PackedBatch, labels: torch.Tensor | None) -> DeepSpeech2CTCOutput:
+        lengths = batch.order.lengths
+        if labels is None:
+            logits = self._mask_logits(batch.order.pad(batch.compute_logits()).transpose(0, 1), lengths)
+            return DeepSpeech2CTCOutput(logits=logits, logits_lengths=lengths.to(logits.device))
+        losses = batch.compute_losses(labels)
+        return DeepSpeech2CTCOutput(
+            loss=losses.sum(),
+            logits_lengths=lengths.to(losses.device),
+            losses=losses if batch.adapter_names is not None else None,
+        )
+
+    def stages(self) -> dict[str, nn.Module]:
+        """Returns the modules that run one after the other, by name; all parameters are in them."""
+        layers = {f"encoder.rnn_layers.{index}": layer for index, layer in enumerate(self.encoder.rnn_layers)}
+        return {"encoder.conv": self.encoder.conv, **layers, "classifier": self.classifier}
+
+    def get_logits_lengths(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns how many frames of logits `forward` gives for each row of such features `(batch,)`."""
+        return get_output_lengths(self._get_input_lengths(input_features, attention_mask))
 
     def _get_input_lengths(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         if input_features.dim() != 3 or input_features.shape[-1] != self.config.num_mel_bins:
@@ -254,14 +309,7 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
         return torch.where(is_padding.to(logits.device).unsqueeze(-1), blank, logits)
 
     def _ctc_loss(self, logits: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        label_lengths = (labels >= 0).sum(-1).cpu()
-        required = label_lengths + count_repeats(labels).cpu()
-        if (required > lengths).any():
-            rows = (required > lengths).nonzero().flatten().tolist()
-            raise ValueError(
-                f"`labels` must fit the audio, got rows {rows} with {required[rows].tolist()} frames needed (labels "
-                f"and repeats) and {lengths[rows].tolist()} there. Drop these utterances or check their transcripts."
-            )
+        label_lengths = check_labels_fit(labels, lengths)
         log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (frames, batch, vocab_size), fp32 for CTC
         with torch.backends.cudnn.flags(enabled=False):
             return nn.functional.ctc_loss(
@@ -294,12 +342,3 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
             if parameter.requires_grad or not trainable_only:
                 counts["adapter" if is_adapter_parameter(name) else "base"] += parameter.numel()
         return {"total": sum(counts.values()), **counts}
-
-
-def count_repeats(labels: torch.Tensor) -> torch.Tensor:
-    """
-    Returns how often a label follows itself in `labels` `(batch, tokens)`, padded with negative values: `(batch,)`.
-
-    CTC needs a blank between two equal labels, so a transcript needs its labels and its repeats in frames.
-    """
-    return ((labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] >= 0)).sum(-1)

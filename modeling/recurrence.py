@@ -1,13 +1,17 @@
-"""A bidirectional GRU over padded rows, for training on a CPU.
+"""A bidirectional GRU over packed frames, for training on a CPU.
 
 torch's GRU multiplies, on a CPU, one small matrix a frame and direction and accumulates the weights' gradient at
 every frame; over packed rows it also fills a gradient of the whole batch at every frame (torch 2.13). The same
 arithmetic in fewer operations, both directions in one product and the weights' gradient in one at the end, takes a
-third of the time.
+third of the time. Each step computes only the rows that still have a frame.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+
+from .packed_frames import PackedOrder
 
 
 class GRURecurrence(torch.autograd.Function):
@@ -22,89 +26,112 @@ class GRURecurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input_gates: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx, input_gates: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, batch_sizes: Sequence[int]
+    ) -> torch.Tensor:
         """
         Args:
-            input_gates: `(frames, directions, batch, 3 * hidden)`, in the order r, z, n.
+            input_gates: Packed frames `(directions, frames, 3 * hidden)`, in the order r, z, n.
             weight: `(directions, hidden, 3 * hidden)`.
             bias: `(directions, 1, 3 * hidden)`.
+            batch_sizes: Rows that have a frame at each step, never more than at the step before.
 
         Returns:
-            States `(frames, directions, batch, hidden)`.
+            States of the packed frames `(directions, frames, hidden)`.
         """
         hidden = weight.shape[1]
-        num_frames, *rows, _ = input_gates.shape
-        states = input_gates.new_zeros(num_frames + 1, *rows, hidden)
-        reset_update = input_gates.new_empty(num_frames, *rows, 2 * hidden)
-        candidate, hidden_candidate = (input_gates.new_empty(num_frames, *rows, hidden) for _ in range(2))
-        hidden_gates = input_gates.new_empty(*rows, 3 * hidden)
-        for t in range(num_frames):
-            torch.baddbmm(bias, states[t], weight, out=hidden_gates)
-            torch.add(input_gates[t, ..., : 2 * hidden], hidden_gates[..., : 2 * hidden], out=reset_update[t])
-            reset, update = reset_update[t].sigmoid_().chunk(2, dim=-1)
-            hidden_candidate[t] = hidden_gates[..., 2 * hidden :]
-            torch.addcmul(input_gates[t, ..., 2 * hidden :], reset, hidden_candidate[t], out=candidate[t])
-            torch.lerp(candidate[t].tanh_(), states[t], update, out=states[t + 1])
+        directions, frames, _ = input_gates.shape
+        states, candidate, hidden_candidate = (input_gates.new_empty(directions, frames, hidden) for _ in range(3))
+        reset_update = input_gates.new_empty(directions, frames, 2 * hidden)
+        previous = input_gates.new_zeros(directions, batch_sizes[0], hidden)
+        for now, rows in _list_steps(batch_sizes):
+            previous = previous[:, :rows]
+            hidden_gates = torch.baddbmm(bias, previous, weight)  # (directions, rows, 3 * hidden)
+            torch.add(input_gates[:, now, : 2 * hidden], hidden_gates[..., : 2 * hidden], out=reset_update[:, now])
+            reset, update = reset_update[:, now].sigmoid_().chunk(2, dim=-1)
+            hidden_candidate[:, now] = hidden_gates[..., 2 * hidden :]
+            torch.addcmul(input_gates[:, now, 2 * hidden :], reset, hidden_candidate[:, now], out=candidate[:, now])
+            torch.lerp(candidate[:, now].tanh_(), previous, update, out=states[:, now])
+            previous = states[:, now]
+        ctx.batch_sizes = batch_sizes
         ctx.save_for_backward(states, reset_update, candidate, hidden_candidate, weight)
-        return states[1:]
+        return states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         states, reset_update, candidate, hidden_candidate, weight = ctx.saved_tensors
-        hidden = weight.shape[1]
+        hidden, trains_weight = weight.shape[1], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         reset, update = reset_update.chunk(2, dim=-1)
+        previous = _shift_states(states, ctx.batch_sizes)
         # Derivatives that need no recurrence, for all frames at once.
         by_candidate = (1 - update) * (1 - candidate.square())
-        by_update = (states[:-1] - candidate) * update * (1 - update)
+        by_update = (previous - candidate) * update * (1 - update)
         by_reset = hidden_candidate * reset * (1 - reset)
-        input_gates = torch.empty(*candidate.shape[:-1], 3 * hidden, dtype=weight.dtype)
-        hidden_gates = torch.empty_like(input_gates)
-        state, weight_t = torch.zeros_like(candidate[0]), weight.transpose(1, 2)
-        for t in range(len(candidate) - 1, -1, -1):
-            state += gradient[t]
-            grad_reset, grad_update, grad_candidate = input_gates[t].chunk(3, dim=-1)
-            torch.mul(state, by_candidate[t], out=grad_candidate)
-            torch.mul(grad_candidate, by_reset[t], out=grad_reset)
-            torch.mul(state, by_update[t], out=grad_update)
-            hidden_gates[t, ..., : 2 * hidden] = input_gates[t, ..., : 2 * hidden]
-            torch.mul(grad_candidate, reset[t], out=hidden_gates[t, ..., 2 * hidden :])
-            state = torch.baddbmm(state * update[t], hidden_gates[t], weight_t)
-        by_direction = hidden_gates.transpose(0, 1).flatten(1, 2)  # (directions, frames * batch, 3 * hidden)
-        weight_gradient = states[:-1].transpose(0, 1).flatten(1, 2).transpose(1, 2) @ by_direction
-        return input_gates, weight_gradient, by_direction.sum(1, keepdim=True)
+        input_gates = states.new_empty(*states.shape[:-1], 3 * hidden)
+        hidden_gates = torch.empty_like(input_gates if trains_weight else input_gates[:, : ctx.batch_sizes[0]])
+        carried, weight_t = torch.zeros_like(states[:, : ctx.batch_sizes[0]]), weight.transpose(1, 2)
+        for now, rows in reversed(list(_list_steps(ctx.batch_sizes))):
+            state = carried[:, :rows] + gradient[:, now]  # rows that end before have no gradient yet
+            grad_reset, grad_update, grad_candidate = input_gates[:, now].chunk(3, dim=-1)
+            torch.mul(state, by_candidate[:, now], out=grad_candidate)
+            torch.mul(grad_candidate, by_reset[:, now], out=grad_reset)
+            torch.mul(state, by_update[:, now], out=grad_update)
+            gates = hidden_gates[:, now] if trains_weight else hidden_gates[:, :rows]
+            gates[..., : 2 * hidden] = input_gates[:, now, : 2 * hidden]
+            torch.mul(grad_candidate, reset[:, now], out=gates[..., 2 * hidden :])
+            carried[:, :rows] = torch.baddbmm(state.mul_(update[:, now]), gates, weight_t)
+        weight_gradient = previous.transpose(1, 2) @ hidden_gates if ctx.needs_input_grad[1] else None
+        bias_gradient = hidden_gates.sum(1, keepdim=True) if ctx.needs_input_grad[2] else None
+        return input_gates, weight_gradient, bias_gradient, None
 
 
-def run_bidirectional_gru(gru: nn.GRU, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+class ReverseRows(torch.autograd.Function):
+    """Packed frames `(frames, width)` with every row turned around; `order` is its own inverse."""
+
+    @staticmethod
+    def forward(ctx, frames: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        return frames.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None
+
+
+def run_bidirectional_gru(gru: nn.GRU, frames: torch.Tensor, order: PackedOrder) -> torch.Tensor:
     """
-    Returns what `gru` gives for packed rows: `(batch, frames, 2 * hidden)`, zeros beyond each row's length.
+    Returns what `gru` gives for packed frames: `(frames, 2 * hidden)`.
 
     Args:
-        gru: One bidirectional layer with `batch_first` and biases.
-        padded: Rows `(batch, frames, in_features)`, padded on the right.
-        lengths: Frames of each row `(batch,)`, on the CPU.
+        gru: One bidirectional layer with biases.
+        frames: `(frames, in_features)`.
+        order: Which frame is which.
     """
     weight_ih, weight_hh, bias_ih, bias_hh = (
         torch.stack([forward, backward])
         for forward, backward in zip(gru._flat_weights[:4], gru._flat_weights[4:], strict=True)
     )
-    both = torch.stack([padded, reverse_frames(padded, lengths)])  # (directions, batch, frames, in_features)
-    rows = both.transpose(1, 2).flatten(1, 2)  # (directions, frames * batch, in_features)
-    gates = torch.baddbmm(bias_ih.unsqueeze(1), rows, weight_ih.transpose(1, 2))
-    gates = gates.unflatten(1, (padded.shape[1], -1)).transpose(0, 1)  # (frames, directions, batch, 3 * hidden)
-    states = GRURecurrence.apply(gates, weight_hh.transpose(1, 2), bias_hh.unsqueeze(1))
-    forward, backward = states.permute(1, 2, 0, 3)  # each (batch, frames, hidden)
-    output = torch.cat([forward, reverse_frames(backward, lengths)], dim=-1)
-    return output * (torch.arange(output.shape[1]) < lengths.unsqueeze(1)).unsqueeze(-1)
+    both = torch.stack([frames, ReverseRows.apply(frames, order.reverse)])  # (directions, frames, in_features)
+    gates = torch.baddbmm(bias_ih.unsqueeze(1), both, weight_ih.transpose(1, 2))
+    states = GRURecurrence.apply(gates, weight_hh.transpose(1, 2), bias_hh.unsqueeze(1), order.batch_sizes)
+    forward, backward = states.unbind(0)
+    return torch.cat([forward, ReverseRows.apply(backward, order.reverse)], dim=-1)
 
 
-def reverse_frames(hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """
-    Reverses each row of `hidden_states` `(batch, frames, hidden)` within its `lengths`; padding stays where it is.
+def _list_steps(batch_sizes: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Yields each step's place among the packed frames and its rows."""
+    start = 0
+    for rows in batch_sizes:
+        yield slice(start, start + rows), rows
+        start += rows
 
-        length 3 of 5:   a b c 0 0   ->   c b a 0 0
-    """
-    frame = torch.arange(hidden_states.shape[1])
-    last = lengths.unsqueeze(1) - 1
-    source = torch.where(frame <= last, last - frame, frame)  # (batch, frames)
-    return hidden_states.gather(1, source.unsqueeze(-1).expand_as(hidden_states))
+
+def _shift_states(states: torch.Tensor, batch_sizes: Sequence[int]) -> torch.Tensor:
+    """Returns the state that each packed frame came from: its row's a step before, zeros at the first step."""
+    sizes, first = torch.tensor(batch_sizes, device=states.device), batch_sizes[0]
+    # Frame i of a step stands as many places behind its predecessor as the step before had rows.
+    places = torch.arange(first, states.shape[1], device=states.device)
+    shifted = torch.zeros_like(states)
+    shifted[:, first:] = states.index_select(1, places - sizes[:-1].repeat_interleave(sizes[1:]))
+    return shifted

@@ -131,6 +131,9 @@ class CardSubject:
         language: Language codes of the speech.
         dataset_licence: Licence of the corpus.
         picture: File name of a picture of the results in the same folder.
+        usage: Text of the section on use, with `{repository}` and the like as in `ADAPTER_USAGE`. Default: that of
+            a CTC recogniser.
+        details: Sections after the facts, in Markdown.
         command: What was run.
         versions: Of the libraries that ran.
     """
@@ -143,6 +146,8 @@ class CardSubject:
     language: list[str] | None = None
     dataset_licence: str | None = None
     picture: str | None = None
+    usage: str | None = None
+    details: str | None = None
     command: str = field(default_factory=training_command)
     versions: str = field(default_factory=list_versions)
 
@@ -188,7 +193,7 @@ def render_card(folder: str | Path, subject: CardSubject, *, repository: str | N
     name = repository.split("/")[-1]
     results = read_results(folder)
     is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
-    usage = (ADAPTER_USAGE if is_adapter else MODEL_USAGE).format(
+    usage = (subject.usage or (ADAPTER_USAGE if is_adapter else MODEL_USAGE)).format(
         repository=repository,
         base=subject.base,
         revision=f'revision="{subject.base_revision}", ' if subject.base_revision else "",
@@ -198,8 +203,9 @@ def render_card(folder: str | Path, subject: CardSubject, *, repository: str | N
         f"---\n{_metadata(subject, results, name, is_adapter).to_yaml()}\n---",
         f"# {name}\n\n{subject.description}",
         f"![Results]({subject.picture})" if subject.picture else "",
-        f"## Results\n\n{_error_table(subject, results)}",
+        f"## Results\n\n{_error_table(subject, results)}" if RATES[0] in _measured_rates(results) else "",
         f"## Facts\n\n{_fact_table(folder, subject, results, is_adapter)}",
+        subject.details or "",
         f"## Use\n\n{usage}",
         f"## Training\n\n```bash\n{subject.command}\n```",
         subject.versions,
@@ -211,7 +217,8 @@ def render_card(folder: str | Path, subject: CardSubject, *, repository: str | N
 def _metadata(subject: CardSubject, results: Mapping, name: str, is_adapter: bool) -> ModelCardData:
     dataset, split = subject.dataset, subject.split
     evaluations = [
-        EvalResult(TASK, dataset, dataset, rate, results[f"eval_{rate}"], dataset_split=split) for rate in RATES
+        EvalResult(TASK, dataset, dataset, rate, results[f"eval_{rate}"], dataset_split=split)
+        for rate in _measured_rates(results)
     ]
     if "others_eval_wer" in results:
         others = {"dataset_name": f"{dataset}, other speakers", "dataset_config": "other_speakers"}
@@ -230,8 +237,13 @@ def _metadata(subject: CardSubject, results: Mapping, name: str, is_adapter: boo
         pipeline_tag=TASK,
         metrics=list(RATES),
         tags=["speech-adapter", TASK] if is_adapter else [TASK],
-        eval_results=evaluations,
+        eval_results=evaluations or None,
     )
+
+
+def _measured_rates(results: Mapping) -> list[str]:
+    """The error rates that there are: none where a part of a model was trained without the rest."""
+    return [rate for rate in RATES if f"eval_{rate}" in results]
 
 
 def _error_table(subject: CardSubject, results: Mapping) -> str:
@@ -256,7 +268,8 @@ def _fact_table(folder: Path, subject: CardSubject, results: Mapping, is_adapter
         facts["base"] = f"`{subject.base}`" + (f" at `{subject.base_revision}`" if subject.base_revision else "")
     if is_adapter:
         adapter = describe_adapter(folder)
-        facts["adapter"] = f"{adapter['kind']}, hidden sizes {adapter['hidden_sizes']}"
+        sizes = f", hidden sizes {adapter['hidden_sizes']}" if adapter["hidden_sizes"] else ""
+        facts["adapter"] = adapter["kind"] + sizes
         facts["size"] = f"{adapter['parameters']:,} parameters, {adapter['bytes']:,} bytes"
     facts["parameters"] = (
         f"{results['total_parameters']:,} with the base" if is_adapter else f"{results['total_parameters']:,}"

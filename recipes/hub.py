@@ -14,10 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import TrainingArguments
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME
 
-import modeling.adapters
+from modeling.adapter_code import find_adapter_code
 from modeling.files import finish_moving
 from recipes.card import CARD_NAME, is_hub_name, read_subject, render_card
 
@@ -182,8 +181,7 @@ def collect_files(folder: str | Path, target: HubTarget) -> dict[str, Path | byt
 
 def adapter_code() -> dict[str, Path]:
     """Returns the file of the adapters and those that it imports: without them a stock model knows no such adapter."""
-    path = Path(modeling.adapters.__file__)
-    return {file.name: file for file in [path, *map(Path, get_relative_import_files(path))]}
+    return {path.name: path for path in find_adapter_code()}
 
 
 def push_folder(folder: str | Path, target: HubTarget) -> str:

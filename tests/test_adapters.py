@@ -23,6 +23,10 @@ from modeling.adapters import (
     is_adapter_parameter,
 )
 
+RESIDUAL = [kind for kind in KINDS if kind != "replacement"]
+SMALL: dict[str, dict] = {kind: {"hidden_sizes": [8]} for kind in KINDS}
+# Has no default place in this project's own models.
+SMALL["transformer"] = {"num_layers": 1, "num_heads": 2, "ffn_size": 8, "target_modules": r"encoder\.rnn_layers\.0"}
 # In the classifier, under the place of the mlp and the replacement.
 LORA = {"target_modules": ["classifier.1"], "r": 4, "init_lora_weights": False}
 
@@ -50,7 +54,7 @@ def add_adapter(model, name: str, config: object) -> None:
 
 
 def small(kind: str, **settings) -> SpeechAdapterConfig:
-    return SpeechAdapterConfig(kind=kind, hidden_sizes=[8], **settings)
+    return SpeechAdapterConfig(kind=kind, **SMALL[kind] | settings)
 
 
 @torch.no_grad()
@@ -70,14 +74,14 @@ def test_a_parameter_gets_a_gradient_if_and_only_if_it_is_the_adapter_s(tiny_mod
     assert all(tiny_model.get_parameter(name).grad.abs().max() > 0 for name in of_adapter)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "bottleneck"])
+@pytest.mark.parametrize("kind", RESIDUAL)
 def test_a_residual_adapter_is_nothing_at_the_start(tiny_model, batch, kind):
     before = logits(tiny_model, batch)
     tiny_model.add_adapter(small(kind), "alice")
     assert torch.equal(logits(tiny_model.eval(), batch), before)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "bottleneck"])
+@pytest.mark.parametrize("kind", RESIDUAL)
 def test_a_residual_adapter_learns_from_its_first_step_on(tiny_model, batch, kind):
     tiny_model.add_adapter(small(kind, dropout=0.0), "alice")
     optimizer = torch.optim.SGD((value for value in tiny_model.parameters() if value.requires_grad), lr=1e-4)
@@ -300,8 +304,11 @@ def test_a_model_refuses_a_name_and_then_takes_another(tiny_model, tiny_adapters
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "prefix"}, "`kind` must be one of mlp, bottleneck, replacement, got 'prefix'"),
-        ({"hidden_sizes": []}, r"`hidden_sizes` must be a list of positive integers, got \[\]"),
+        ({"kind": "prefix"}, "`kind` must be one of mlp, bottleneck, replacement, transformer, got 'prefix'"),
+        (
+            {"kind": "replacement", "hidden_sizes": []},
+            r"`hidden_sizes` must be a list of positive integers, got \[\]",
+        ),
         ({"hidden_sizes": [8, 0]}, r"positive integers, got \[8, 0\]"),
         ({"hidden_sizes": [8.0]}, r"positive integers, got \[8.0\]"),
         ({"hidden_sizes": [True]}, r"positive integers, got \[True\]"),

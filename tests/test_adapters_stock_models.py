@@ -121,6 +121,6 @@ def test_every_row_generates_with_its_own_adapter(whisper, batch, num_beams, con
 
 def test_targets_must_be_named_in_a_model_without_a_default(whisper):
     with pytest.raises(
-        ValueError, match="`target_modules` must be given for a mlp adapter in a model of type 'whisper'"
+        ValueError, match="`target_modules` must be given for a replacement adapter in a model of type 'whisper'"
     ):
-        whisper.add_adapter(SpeechAdapterConfig(kind="mlp"), "room")
+        whisper.add_adapter(SpeechAdapterConfig(kind="replacement"), "room")

@@ -1,0 +1,131 @@
+"""Dropout of adapters: masks of single bytes that are fair, exactly scaled, and the same alone as among others."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from modeling import SpeechAdapterConfig
+from modeling.adapter_blocks import AdapterDropout, seed_dropout
+
+
+@pytest.fixture(autouse=True)
+def fixed_randomness() -> Iterator[None]:
+    """The global generator in a known state, and as it was afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def make_dropouts(*names: str) -> nn.ModuleDict:
+    """A module in which two layers hold an adapter of each name, of two dropouts."""
+    blocks = nn.ModuleDict({name: nn.Sequential(AdapterDropout(0.5), AdapterDropout(0.5)) for name in names})
+    return nn.ModuleDict({layer: nn.ModuleDict({"speech_adapter_blocks": copy.deepcopy(blocks)}) for layer in "ab"})
+
+
+def draw_masks(model: nn.Module, name: str | None = None) -> list[list[float]]:
+    dropouts = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, AdapterDropout) and (name is None or f".{name}." in path)
+    ]
+    return [dropout(torch.ones(40)).tolist() for dropout in dropouts]
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.1, 230), (0.5, 128), (0.999, 1)])
+def test_dropout_keeps_the_rounded_share_and_scales_by_its_inverse(p, kept):
+    dropped = AdapterDropout(p)(torch.ones(1000, 1001))
+    share = (dropped != 0).double().mean().item()
+
+    assert sorted(dropped.unique().tolist()) == [0.0, pytest.approx(256 / kept, rel=1e-6)]
+    assert share == pytest.approx(kept / 256, abs=4 * (kept / 256 * (1 - kept / 256) / 1e6) ** 0.5)
+
+
+def test_every_byte_of_a_random_word_is_fair():
+    shares = (AdapterDropout(0.5)(torch.ones(100_000, 8)) != 0).double().mean(0)
+    torch.testing.assert_close(shares, torch.full((8,), 0.5, dtype=torch.float64), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (7,), (3, 5, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_takes_any_shape_and_precision(shape, dtype):
+    states = torch.full(shape, 3.0, dtype=dtype)
+    dropped = AdapterDropout(0.5)(states)
+    assert (dropped.shape, dropped.dtype) == (states.shape, dtype)
+    assert set(dropped.unique().tolist()) <= {0.0, 6.0}
+
+
+def test_gradient_goes_through_what_is_kept():
+    states = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    dropout = AdapterDropout(0.25)
+    dropped = dropout(states)
+    (gradient,) = torch.autograd.grad(dropped.sum(), states)
+
+    assert set(gradient.unique().tolist()) == {0.0, 256 / 192}
+    torch.testing.assert_close(dropped, states * gradient)
+
+
+def test_dropout_is_nothing_in_evaluation_and_at_zero():
+    states = torch.randn(20)
+    assert AdapterDropout(0.9).eval()(states) is states
+    assert AdapterDropout(0.0)(states) is states
+
+
+def test_unseeded_masks_come_from_the_global_generator():
+    dropout = AdapterDropout(0.5)
+    first, second = (dropout(torch.ones(64)) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(dropout(torch.ones(64)), first)
+    assert not torch.equal(first, second)
+
+
+def test_seeded_masks_repeat_and_leave_the_global_generator_alone():
+    model = make_dropouts("alice")
+    before = torch.get_rng_state()
+    seed_dropout(model, 3)
+    first, second = draw_masks(model), draw_masks(model)
+    seed_dropout(model, 3)
+    again = draw_masks(model)
+    seed_dropout(model, 4)
+    other = draw_masks(model)
+
+    assert again == first
+    assert len({str(mask) for mask in first + second + other}) == 12
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_masks_of_an_adapter_do_not_depend_on_its_name_or_its_company():
+    alone, stacked = make_dropouts("alice"), make_dropouts("zoe", "bob", "alice")
+    for model in (alone, stacked):
+        seed_dropout(model, 3)
+    expected = draw_masks(alone)
+
+    assert all(draw_masks(stacked, name) == expected for name in ("alice", "bob", "zoe"))
+
+
+def test_masks_of_an_adapter_s_blocks_alone_are_those_in_the_model():
+    model = make_dropouts("zoe", "alice")
+    seed_dropout(model, 3)
+    expected = draw_masks(model, "alice")
+    blocks = nn.ModuleList(model[layer]["speech_adapter_blocks"]["alice"] for layer in "ab")
+    seed_dropout(blocks, 3)
+    assert draw_masks(blocks) == expected
+
+
+def test_seeded_dropout_can_be_copied_and_pickled():
+    model = make_dropouts("alice")
+    seed_dropout(model, 3)
+    draw_masks(model)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    expected = draw_masks(model)
+    assert [draw_masks(other) for other in copies] == [expected, expected]
+
+
+@pytest.mark.parametrize(("kind", "hidden_sizes"), [("mlp", [4, 4]), ("replacement", [4, 4]), ("bottleneck", [4])])
+def test_adapters_drop_by_bytes(tiny_model, kind, hidden_sizes):
+    tiny_model.add_adapter(SpeechAdapterConfig(kind=kind, hidden_sizes=hidden_sizes, dropout=0.3), "alice")
+    dropouts = [module for module in tiny_model.modules() if isinstance(module, nn.Dropout) and module.p == 0.3]
+    assert [type(dropout) for dropout in dropouts] == [AdapterDropout] * 2
