@@ -11,10 +11,12 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from modeling.adapter_blocks import seed_dropout
 from modeling.adapters import (
     ADAPTER_WEIGHTS_NAME,
     find_active_adapters,
@@ -32,6 +34,9 @@ class RecipeTrainingArguments(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Where to report, as in TrainingArguments."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the best one."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin batches in memory, for a GPU."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop what the model's forward does not name; collators here do that."}
+    )
     hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository on the Hub private."})
     tri_stage: bool = field(
         default=False, metadata={"help": "Warm up, hold, decay exponentially, in place of lr_scheduler_type."}
@@ -155,6 +160,27 @@ class SeededLengthSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+class SeededSampler(Sampler[int]):
+    """
+    Indices in an order drawn by seed and epoch alone, whatever else is drawn before.
+
+    Args:
+        dataset: Has a length, which may differ in each epoch.
+        seed: Of the order.
+        find_epoch: Returns the epoch that begins.
+    """
+
+    def __init__(self, dataset, *, seed: int, find_epoch: Callable[[], int]):
+        self.dataset, self.seed, self.find_epoch = dataset, seed, find_epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.find_epoch())
+        yield from torch.randperm(len(self.dataset), generator=generator).tolist()
+
+
 class DatasetEpochCallback(TrainerCallback):
     """
     Tells the training data which epoch begins.
@@ -167,6 +193,18 @@ class DatasetEpochCallback(TrainerCallback):
             train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
 
+class DropoutCallback(TrainerCallback):
+    """Draws the adapters' dropout of each step from the seed and the step alone, as for each adapter of a stack."""
+
+    def on_step_begin(self, args, state, _control, *, model, **_kwargs) -> None:
+        seed_dropout(model, find_dropout_seed(args.seed, state.global_step))
+
+
+def find_dropout_seed(seed: int, step: int) -> int:
+    """Returns the seed of the dropout masks of optimizer step `step` in a training with `seed`."""
+    return seed * 1_000_003 + step
+
+
 class AdapterTrainer(Trainer):
     """
     The Trainer of every recipe. With adapters on the model, checkpoints hold adapters only, a resumed run equals the
@@ -176,6 +214,7 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(DatasetEpochCallback())
+        self.add_callback(DropoutCallback())
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training and has_adapters(self._unwrapped()):
@@ -239,15 +278,16 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = getattr(dataset, "lengths", None)
-        if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        return SeededLengthSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            dataset,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            find_epoch=lambda: int(self.state.epoch or 0),
-        )
+        draw = {
+            "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            "find_epoch": lambda: int(self.state.epoch or 0),
+        }
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "lengths"):
+            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return SeededLengthSampler(batch_size, dataset, **draw)
+        if self.args.train_sampling_strategy == "random" and hasattr(dataset, "__len__"):
+            return SeededSampler(dataset, **draw)
+        return super()._get_train_sampler(train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if not getattr(self.args, "tri_stage", False) or self.lr_scheduler is not None:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
-from modeling.adapters import KINDS
-from recipes.personalize import HIDDEN_SIZES, main
+from recipes.personal_adapters import HIDDEN_SIZES
+from recipes.personalize import main
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HIDDEN_SIZES)
 def test_personalize_writes_the_adapter_alone_and_leaves_the_base_as_it_was(personalize, small_base, tmp_path, kind):
     base_before = read_folder(small_base)
     output_dir = personalize(tmp_path / "ann", "--adapter_kind", kind)
@@ -150,7 +150,7 @@ def test_personalize_refuses_an_adapter_that_is_a_large_share_of_the_model(perso
         personalize(tmp_path / "out", "--adapter_kind", "bottleneck", "--adapter_hidden_sizes", 512)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HIDDEN_SIZES)
 def test_personalize_keeps_an_adapter_of_default_size_below_four_percent_of_the_shipped_recogniser(kind):
     config = DeepSpeech2Config(num_mel_bins=40, hidden_size=192, num_hidden_layers=2, vocab_size=20)
     model = DeepSpeech2ForCTC(config)

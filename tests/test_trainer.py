@@ -11,7 +11,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from data.collators import CTCCollator
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
-from modeling.adapters import ADAPTER_WEIGHTS_NAME, KINDS, is_adapter_parameter
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, is_adapter_parameter
+from recipes.personal_adapters import HIDDEN_SIZES
 from recipes.trainer import (
     AdapterTrainer,
     RecipeTrainingArguments,
@@ -94,7 +95,7 @@ def assert_same(left: dict, right: dict) -> None:
     assert different == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HIDDEN_SIZES)
 def test_the_base_is_bit_equal_after_training(tiny_base, tiny_processor, tmp_path, kind):
     model = load_base(tiny_base, small(kind))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -294,7 +295,12 @@ def test_batches_of_similar_length_do_not_read_the_dataset(tiny_base, tiny_proce
 
 def test_batches_are_shuffled_unless_grouping_is_asked_for(tiny_base, tiny_processor, tmp_path):
     trainer = make_trainer(load_base(tiny_base, small()), tmp_path, tiny_processor, dataset=UnreadableDataset())
-    assert type(trainer._get_train_sampler()).__name__ == "RandomSampler"
+    sampler = trainer._get_train_sampler()
+    first, again = list(sampler), list(sampler)
+    trainer.state.epoch = 1.0
+    assert first == again
+    assert sorted(first) == list(range(8)) != first
+    assert list(sampler) != first
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,312 @@
+"""One speaker's adapter: arguments, data, results and files, for one speaker alone and for many together."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import CONFIG_NAME
+
+from data.asr import Augmentation, UtteranceDataset, decode_clips
+from data.corpora import load_corpus, select_speakers, take_seconds
+from modeling import SpeechAdapterConfig
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, save_adapter
+from recipes.arguments import CorpusArguments
+from recipes.card import CardArguments, CardSubject, public_name, write_card
+from recipes.decoding import evaluate_dataset, load_adapter
+from recipes.hub import HubTarget
+from recipes.report import draw_before_after, write_results
+from recipes.stacked import find_blocks
+from recipes.trainer import RecipeTrainingArguments
+
+# The adapter's name inside the model; a speaker's own name never becomes part of a path.
+ADAPTER_NAME = "speaker"
+# Sizes for which an adapter stays below 4 % of a recogniser of a few million parameters.
+HIDDEN_SIZES = {"mlp": [128, 64], "replacement": [128, 64], "bottleneck": [24]}
+# An adapter larger than this share of the model is a mistake in its sizes.
+MAX_TRAINABLE_SHARE = 0.2
+# Value of `speaker_id` that means every speaker of the corpus.
+ALL_SPEAKERS = "all"
+
+
+@dataclass
+class PersonalArguments:
+    """The base, the speaker and the adapter."""
+
+    model_name_or_path: str = field(metadata={"help": "Base recogniser: a folder or a Hub name."})
+    speaker_id: list[str] = field(
+        metadata={"help": "Speaker to adapt to, a value of column `speaker_id`; several, or `all`, train together."}
+    )
+    max_train_seconds: float | None = field(
+        default=None, metadata={"help": "Most seconds of a speaker's speech to train on."}
+    )
+    speakers_per_stack: int = field(
+        default=16, metadata={"help": "Of several speakers, how many train together; bounds the memory."}
+    )
+    adapter_kind: str = field(
+        default="bottleneck", metadata={"help": "Where and how the adapter acts.", "choices": list(HIDDEN_SIZES)}
+    )
+    adapter_hidden_sizes: list[int] | None = field(
+        default=None, metadata={"help": "Widths of the adapter's hidden layers. Default: few, for a small base."}
+    )
+    adapter_dropout: float = field(default=0.1, metadata={"help": "Dropout inside the adapter."})
+    init_adapter: str | None = field(
+        default=None, metadata={"help": "Start from this adapter (folder or Hub name), of its kind and sizes."}
+    )
+    allow_base_mismatch: bool = field(
+        default=False, metadata={"help": "Take an adapter that was made for another base; it is recorded."}
+    )
+    unfreeze_base: bool = field(
+        default=False,
+        metadata={"help": "Fine-tune the whole model, for comparison; wants a learning_rate of 1e-4 or so."},
+    )
+    base_eval_speakers: list[str] | None = field(
+        default=None, metadata={"help": "Speakers of the base on whom it is evaluated too, before and after."}
+    )
+    hub_base_model_id: str | None = field(
+        default=None, metadata={"help": "Name of the base on the Hub, to push an adapter of a base in a folder."}
+    )
+
+
+@dataclass
+class PersonalTrainingArguments(RecipeTrainingArguments):
+    """Training arguments with defaults for seconds to a minute of speech."""
+
+    num_train_epochs: float = field(default=60, metadata={"help": "Passes over the speech."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Utterances of a step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Utterances evaluated together."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Highest learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule, as in TrainingArguments."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of the warm-up; below 1, a share of all."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Largest norm of the gradient."})
+    save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints, as in TrainingArguments."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a lower loss; needs load_best_model_at_end."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError(
+                "`early_stopping_patience` needs `load_best_model_at_end` (and `eval_strategy` and `save_strategy` "
+                "epoch), got false. The adapter of the last step would not be the best one."
+            )
+
+
+def check_output_dir(output_dir: str, *, is_resumed: bool) -> None:
+    """
+    Makes sure that no adapter is overwritten.
+
+    Raises:
+        ValueError: `output_dir` holds an adapter or a model, and the training is not resumed.
+    """
+    if (Path(output_dir) / CONFIG_NAME).exists():
+        raise ValueError(
+            f"`output_dir` must not hold a model, got {output_dir}. Choose a folder for the adapter alone."
+        )
+    if not is_resumed and (Path(output_dir) / ADAPTER_WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"`output_dir` must not hold another adapter, got {output_dir}. Choose another folder or remove that one."
+        )
+
+
+def add_personal_adapter(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    arguments: PersonalArguments,
+    adapter_name: str = ADAPTER_NAME,
+    *,
+    seed: int = 0,
+) -> None:
+    """Adds a fresh adapter to `model`, drawn by `seed`, or another user's to start from; or unfreezes the base."""
+    torch.manual_seed(seed)
+    if arguments.unfreeze_base:
+        model.unfreeze_base_model()
+    elif arguments.init_adapter:
+        options = {"allow_base_mismatch": arguments.allow_base_mismatch, "processor": processor}
+        load_adapter(model, arguments.init_adapter, adapter_name, is_trainable=True, **options)
+        model.freeze_base_model()
+    else:
+        config = SpeechAdapterConfig(
+            kind=arguments.adapter_kind,
+            hidden_sizes=arguments.adapter_hidden_sizes or HIDDEN_SIZES[arguments.adapter_kind],
+            dropout=arguments.adapter_dropout,
+        )
+        model.add_adapter(config, adapter_name)
+    if not arguments.unfreeze_base:
+        # The file travels: it names the base, not where this machine keeps it.
+        model.peft_config[adapter_name].base_model_name_or_path = public_name(arguments.model_name_or_path)
+
+
+@dataclass(frozen=True)
+class SpeakerData:
+    """
+    A speaker's utterances.
+
+    Args:
+        speaker_id: The speaker.
+        train: Utterances to train on, within the seconds allowed.
+        evaluation: Datasets to score: the speaker's at `""`, the base's speakers' at `"others_"` if they are named.
+    """
+
+    speaker_id: str
+    train: UtteranceDataset
+    evaluation: dict[str, UtteranceDataset]
+
+
+class SpeakerLoader:
+    """
+    Reads the corpus once and gives the utterances of one speaker after the other.
+
+    Args:
+        arguments: The speakers, the seconds.
+        corpus_args: The corpus.
+        augmentation: Of the utterances to train on.
+        processor: Of the base.
+        samples_per_logit: Samples of audio a frame of logits.
+        seed: Of everything drawn.
+
+    Raises:
+        ValueError: The corpus lacks a column or a split.
+    """
+
+    def __init__(
+        self,
+        arguments: PersonalArguments,
+        corpus_args: CorpusArguments,
+        augmentation: Augmentation,
+        processor: ProcessorMixin,
+        *,
+        samples_per_logit: int,
+        seed: int,
+    ):
+        columns = ("audio", "text", "speaker_id")
+        self.train_corpus, self.eval_corpus = (
+            load_corpus(corpus_args.dataset, split=split, required_columns=columns)
+            for split in (corpus_args.train_split, corpus_args.eval_split)
+        )
+        self.arguments, self.augmentation, self.seed = arguments, augmentation, seed
+        self.decode = {"processor": processor, "samples_per_logit": samples_per_logit}
+        self.decode["is_joined"] = corpus_args.concatenate_max > 1
+        self.join = {"processor": processor, "concatenate": corpus_args.concatenate, "seed": seed}
+
+    def find_speakers(self) -> list[str]:
+        """Returns the speakers that the arguments name, or all that have speech to train and to evaluate on."""
+        if self.arguments.speaker_id != [ALL_SPEAKERS]:
+            return self.arguments.speaker_id
+        return sorted(set(self.train_corpus["speaker_id"]) & set(self.eval_corpus["speaker_id"]))
+
+    def load(self, speaker_id: str) -> SpeakerData:
+        """
+        Returns the utterances of `speaker_id`.
+
+        Raises:
+            ValueError: There is no such speaker, or nothing to train on within the seconds allowed.
+        """
+        train = select_speakers(self.train_corpus, [speaker_id])
+        evaluation = {"": select_speakers(self.eval_corpus, [speaker_id])}
+        if self.arguments.base_eval_speakers:
+            evaluation["others_"] = select_speakers(self.eval_corpus, self.arguments.base_eval_speakers)
+        if self.arguments.max_train_seconds is not None:
+            train = take_seconds(train, self.arguments.max_train_seconds, seed=self.seed)
+        train_clips = decode_clips(train, **self.decode, max_speed=self.augmentation.max_speed)
+        return SpeakerData(
+            speaker_id,
+            UtteranceDataset(train_clips, augmentation=self.augmentation, **self.join),
+            {
+                prefix: UtteranceDataset(decode_clips(corpus, **self.decode), **self.join)
+                for prefix, corpus in evaluation.items()
+            },
+        )
+
+
+def score_datasets(model, processor, datasets: dict[str, UtteranceDataset], batch_size: int) -> dict[str, dict]:
+    """Returns the overall scores of each dataset."""
+    return {
+        name: evaluate_dataset(model, processor, dataset, batch_size=batch_size)["overall"]
+        for name, dataset in datasets.items()
+    }
+
+
+def count_sizes(model: PreTrainedModel, adapter_name: str | None = None) -> dict[str, int]:
+    """
+    Returns the numbers of trainable parameters and of all.
+
+    Args:
+        model: The trained model.
+        adapter_name: Count this adapter as the only one.
+    """
+    if adapter_name is None:
+        trainable, total = model.count_parameters(trainable_only=True)["total"], model.count_parameters()["total"]
+    else:
+        trainable = sum(parameter.numel() for parameter in find_blocks(model, adapter_name).parameters())
+        total = model.count_parameters()["base"] + trainable
+    return {"trainable_parameters": trainable, "total_parameters": total}
+
+
+def collect_results(
+    data: SpeakerData, before: dict[str, dict], after: dict[str, dict], *, sizes: dict[str, int], runtime: float
+) -> dict:
+    """
+    Returns what `eval_results.json` reports of scores before and after and of what was trained.
+
+    Args:
+        data: The speaker's utterances.
+        before: Scores without the adapter: of the speaker at `""`, of the base's speakers at `"others_"`.
+        after: Scores with it, likewise.
+        sizes: From [`count_sizes`].
+        runtime: Seconds of training.
+    """
+    results = {}
+    for prefix in before:
+        for rate in ("wer", "cer"):
+            results |= {f"{prefix}base_{rate}": before[prefix][rate], f"{prefix}eval_{rate}": after[prefix][rate]}
+    results |= {**sizes, "train_runtime": runtime}
+    return results | {"speaker_id": data.speaker_id, "train_seconds": round(data.train.seconds, 2)}
+
+
+def describe_run(
+    personal_args: PersonalArguments,
+    corpus_args: CorpusArguments,
+    card_args: CardArguments,
+    hub_target: HubTarget | None,
+    seconds: float,
+) -> CardSubject:
+    """Returns what the card is about."""
+    what = "Recogniser, all of it fine-tuned" if personal_args.unfreeze_base else "Speech adapter"
+    return CardSubject(
+        base=personal_args.model_name_or_path,
+        base_revision=hub_target.base_revision if hub_target else None,
+        dataset=corpus_args.dataset,
+        split=corpus_args.eval_split,
+        description=f"{what} for one speaker, trained on {seconds:.0f} s of speech.",
+        language=card_args.language,
+        dataset_licence=card_args.dataset_licence,
+        picture="results.png",
+    )
+
+
+def save_outcome(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    personal_args: PersonalArguments,
+    subject: CardSubject,
+    folder: str | Path,
+    results: dict,
+    *,
+    adapter_name: str = ADAPTER_NAME,
+) -> None:
+    """Writes the adapter (or the fine-tuned model), the results, their picture and the card into `folder`."""
+    if personal_args.unfreeze_base:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    else:
+        save_adapter(model, folder, adapter_name, processor=processor)
+        results["adapter_bytes"] = (Path(folder) / ADAPTER_WEIGHTS_NAME).stat().st_size
+    if personal_args.base_eval_speakers:
+        results["base_eval_speakers"] = personal_args.base_eval_speakers
+    write_results(folder, results)
+    before_after = {"before": [results["base_wer"]], "after": [results["eval_wer"]]}
+    draw_before_after(Path(folder) / subject.picture, names=[results["speaker_id"]], **before_after)
+    write_card(folder, subject)

@@ -1,0 +1,245 @@
+"""Adapters of many speakers in one run: stacks of them train together, processes share the speakers."""
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import Dataset
+from transformers import AutoModelForCTC, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers.trainer_utils import IntervalStrategy
+
+from data.asr import Augmentation
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off, check_adapter_name
+from recipes.arguments import CorpusArguments
+from recipes.cached_training import CacheArguments, FrozenPart
+from recipes.card import CardArguments
+from recipes.personal_adapters import (
+    MAX_TRAINABLE_SHARE,
+    PersonalArguments,
+    PersonalTrainingArguments,
+    SpeakerData,
+    SpeakerLoader,
+    add_personal_adapter,
+    check_output_dir,
+    collect_results,
+    count_sizes,
+    describe_run,
+    save_outcome,
+    score_datasets,
+)
+from recipes.report import draw_before_after, format_table, write_results
+from recipes.stacked import StackMember, check_stackable, find_blocks, train_stack
+from recipes.trainer import AdapterTrainer, check_trainable
+
+# Pairs of bars that fit a picture.
+MAX_DRAWN = 24
+
+
+def check_many(personal_args: PersonalArguments, training_args: PersonalTrainingArguments) -> None:
+    """
+    Makes sure that the arguments make sense for several speakers.
+
+    Raises:
+        ValueError: They ask for one model or one repository, or for what a stack cannot do.
+    """
+    if personal_args.unfreeze_base:
+        raise ValueError("`unfreeze_base` makes one model a speaker: give one `speaker_id`, got several.")
+    if training_args.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` takes one speaker, got several. Push the folders with `python -m recipes.hub FOLDER`."
+        )
+    if personal_args.speakers_per_stack < 1:
+        raise ValueError(f"`speakers_per_stack` must be at least 1, got {personal_args.speakers_per_stack}.")
+    check_stackable(training_args)
+
+
+def list_unfinished(speakers: Sequence[str], output_dir: str, *, is_resumed: bool) -> list[str]:
+    """
+    Returns the speakers without an adapter in `output_dir`.
+
+    Raises:
+        ValueError: A speaker's name may not be a folder's, or has an adapter there and the run is not resumed.
+    """
+    unfinished = []
+    for speaker in speakers:
+        folder = Path(output_dir) / check_adapter_name(speaker)
+        check_output_dir(str(folder), is_resumed=is_resumed)
+        if not (folder / ADAPTER_WEIGHTS_NAME).exists():
+            unfinished.append(speaker)
+    return unfinished
+
+
+def split_stacks(speakers: Sequence[str], size: int) -> Iterator[list[str]]:
+    """
+    Yields lists of at most `size` speakers, in order.
+
+    Example:
+
+    ```python
+    >>> from recipes.personalize_many import split_stacks
+
+    >>> list(split_stacks(["ann", "ben", "cem"], 2))
+    [['ann', 'ben'], ['cem']]
+
+    ```
+    """
+    remaining = iter(speakers)
+    while stack := list(islice(remaining, size)):
+        yield stack
+
+
+class StackRunner:
+    """
+    Trains, scores and saves one stack of speakers after the other on one base.
+
+    Args:
+        model: The base.
+        processor: Of the base.
+        loader: Gives the speakers' utterances.
+        arguments: Of the recipe, by type.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, loader: SpeakerLoader, arguments: dict):
+        self.model, self.processor, self.loader, self.arguments = model, processor, loader, arguments
+        self.training_args: PersonalTrainingArguments = arguments[PersonalTrainingArguments]
+        self.score = partial(
+            score_datasets, model, processor, batch_size=self.training_args.per_device_eval_batch_size
+        )
+
+    def run(self, speakers: Sequence[str]) -> list[dict]:
+        """Returns the results of each speaker, in order; their adapters are on disk then and no more in memory."""
+        start = time.perf_counter()
+        datas = [self.loader.load(speaker) for speaker in speakers]
+        with adapters_off(self.model):
+            before = [self.score(data.evaluation) for data in datas]
+        names = [f"speaker_{number}" for number in range(len(speakers))]
+        train_start = time.perf_counter()
+        self._train(names, datas)
+        runtime = round((time.perf_counter() - train_start) / len(speakers), 3)
+        results = []
+        for name, data, scores in zip(names, datas, before, strict=True):
+            results.append(self._save(name, data, scores, runtime))
+        for name in names:
+            self.model.delete_adapter(name)
+        print(f"{len(speakers)} adapters in {time.perf_counter() - start:.0f} s: {', '.join(speakers)}", flush=True)
+        return results
+
+    def _train(self, names: Sequence[str], datas: Sequence[SpeakerData]) -> None:
+        personal_args = self.arguments[PersonalArguments]
+        for name in names:
+            add_personal_adapter(self.model, self.processor, personal_args, name, seed=self.training_args.seed)
+        blocks = {name: find_blocks(self.model, name).requires_grad_(True) for name in names}
+        check_trainable(self.model, max_share=MAX_TRAINABLE_SHARE * len(names))
+        batch_size = self.training_args.per_device_eval_batch_size
+        frozen = FrozenPart(self.model, self.processor, self.arguments[CacheArguments], batch_size=batch_size)
+        # Makes optimizers and schedules; it insists on data if the arguments ask for evaluations.
+        trainer = AdapterTrainer(model=self.model, args=self.training_args, eval_dataset=datas[0].evaluation[""])
+        members = [
+            StackMember(
+                name, blocks[name], frozen.prepare(data.train), self._evaluation(frozen, data), trainer=trainer
+            )
+            for name, data in zip(names, datas, strict=True)
+        ]
+        train_stack(self.model, members, frozen.collate)
+        self.model.eval()
+
+    def _evaluation(self, frozen: FrozenPart, data: SpeakerData) -> Dataset | None:
+        is_needed = self.training_args.eval_strategy != IntervalStrategy.NO
+        return frozen.prepare(data.evaluation[""]) if is_needed else None
+
+    def _save(self, name: str, data: SpeakerData, before: dict[str, dict], runtime: float) -> dict:
+        self.model.set_adapter(name)
+        sizes = count_sizes(self.model, name)
+        results = collect_results(data, before, self.score(data.evaluation), sizes=sizes, runtime=runtime)
+        subject = describe_run(
+            self.arguments[PersonalArguments],
+            self.arguments[CorpusArguments],
+            self.arguments[CardArguments],
+            None,
+            data.train.seconds,
+        )
+        folder = Path(self.training_args.output_dir) / data.speaker_id
+        save_outcome(
+            self.model, self.processor, self.arguments[PersonalArguments], subject, folder, results, adapter_name=name
+        )
+        return results
+
+
+def summarize(rows: Sequence[dict]) -> dict:
+    """Returns what `eval_results.json` of the whole run reports: means, and each speaker's row."""
+    return {
+        "base_wer": mean(row["base_wer"] for row in rows),
+        "eval_wer": mean(row["eval_wer"] for row in rows),
+        "num_speakers": len(rows),
+        "speakers": list(rows),
+    }
+
+
+def format_rows(rows: Sequence[dict]) -> str:
+    """Returns one line a speaker."""
+    return format_table(
+        [
+            {
+                "speaker": row["speaker_id"],
+                "speech": f"{row['train_seconds']:.0f} s",
+                "WER before": f"{row['base_wer']:.1%}",
+                "after": f"{row['eval_wer']:.1%}",
+                "training": f"{row['train_runtime']:.1f} s",
+            }
+            for row in rows
+        ]
+    )
+
+
+def personalize_many(
+    personal_args: PersonalArguments,
+    corpus_args: CorpusArguments,
+    augmentation: Augmentation,
+    cache_args: CacheArguments,
+    card_args: CardArguments,
+    training_args: PersonalTrainingArguments,
+) -> None:
+    """
+    Trains an adapter for each speaker into a folder of the speaker's name, and writes their results together.
+
+    With `resume_from_checkpoint`, speakers that have an adapter are left as they are.
+
+    Raises:
+        ValueError: A speaker's name cannot be a folder's, or the arguments make sense for one speaker only.
+    """
+    check_many(personal_args, training_args)
+    set_seed(training_args.seed)
+    state = PartialState()
+
+    # Model
+    model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path).to(state.device)
+    processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path)
+
+    # Data
+    options = {"samples_per_logit": model.config.inputs_to_logits_ratio, "seed": training_args.seed}
+    with state.local_main_process_first():
+        loader = SpeakerLoader(personal_args, corpus_args, augmentation, processor, **options)
+    is_resumed = bool(training_args.resume_from_checkpoint)
+    speakers = list_unfinished(loader.find_speakers(), training_args.output_dir, is_resumed=is_resumed)
+
+    # Train, evaluate and save
+    arguments = (personal_args, corpus_args, cache_args, card_args, training_args)
+    runner = StackRunner(model, processor, loader, {type(argument): argument for argument in arguments})
+    rows: list[dict] = []
+    with state.split_between_processes(speakers) as own:
+        for stack in split_stacks(own, personal_args.speakers_per_stack):
+            rows += runner.run(stack)
+    rows = sorted(gather_object(rows), key=lambda row: row["speaker_id"])
+    if not state.is_main_process or not rows:
+        return
+    write_results(training_args.output_dir, summarize(rows))
+    drawn = rows[:MAX_DRAWN]
+    before_after = {"before": [row["base_wer"] for row in drawn], "after": [row["eval_wer"] for row in drawn]}
+    names = [row["speaker_id"] for row in drawn]
+    draw_before_after(Path(training_args.output_dir) / "results.png", names=names, **before_after)
+    print(format_rows(rows))

@@ -1,0 +1,156 @@
+"""Many speakers in one run: every adapter is the one that its speaker would get alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCTC
+
+from recipes.personalize import main
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def personalize(run_recipe_main, small_base, small_corpus, tmp_path):
+    """Adapts the small base to speakers for three epochs; returns the output folder."""
+
+    def run(output: str, *speakers: str, flags: tuple = ()) -> Path:
+        run_recipe_main(
+            main, "--model_name_or_path", small_base, "--dataset", small_corpus, "--speaker_id", *speakers,
+            "--adapter_hidden_sizes", 4, "--num_train_epochs", 3, "--per_device_train_batch_size", 4,
+            "--learning_rate", "1e-2", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / output, *flags,
+        )  # fmt: skip
+        return tmp_path / output
+
+    return run
+
+
+def assert_close(first: Path, second: Path, *, atol: float) -> None:
+    before, after = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--adapter_kind", "mlp"),
+        ("--adapter_kind", "replacement", "--max_grad_norm", 0.1),
+        ("--adapter_kind", "bottleneck", "--weight_decay", 0.1),
+        ("--adapter_kind", "bottleneck", "--max_speed", 1.1, "--num_time_masks", 1),
+        ("--adapter_kind", "mlp", "--max_speed", 1.1, "--cache_variants", 2),
+    ],
+    ids=["mlp", "replacement", "bottleneck", "augmented", "variants"],
+)
+def test_personalize_all_gives_each_speaker_the_adapter_that_a_run_alone_gives(personalize, flags):
+    together = personalize("all", "all", flags=flags)
+    for speaker in ("ann", "ben"):
+        assert_close(personalize(speaker, speaker, flags=flags), together / speaker, atol=1e-4)
+
+
+def test_personalize_all_gives_the_same_adapters_in_stacks_of_one(personalize):
+    together = personalize("two", "ann", "ben")
+    apart = personalize("one", "ann", "ben", flags=("--speakers_per_stack", 1))
+    for speaker in ("ann", "ben"):
+        assert_close(apart / speaker, together / speaker, atol=1e-4)
+
+
+def test_personalize_all_differs_between_speakers_and_from_the_start(personalize):
+    together = personalize("all", "all", flags=("--adapter_kind", "mlp"))
+    ann, ben = (load_file(together / speaker / WEIGHTS) for speaker in ("ann", "ben"))
+    last = max(name for name in ann if name.endswith("weight"))
+    assert not torch.equal(ann[last], torch.zeros_like(ann[last]))
+    assert not torch.allclose(ann[last], ben[last], atol=1e-3)
+
+
+def test_personalize_all_stops_each_speaker_early_as_a_run_alone_does(personalize):
+    flags = ("--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end", "true",
+             "--early_stopping_patience", 1, "--num_train_epochs", 6, "--learning_rate", "0.1")  # fmt: skip
+    together = personalize("all", "all", flags=flags)
+    for speaker in ("ann", "ben"):
+        assert_close(personalize(speaker, speaker, flags=flags), together / speaker, atol=1e-4)
+
+
+def test_personalize_all_writes_adapters_that_load_and_a_summary(personalize, small_base):
+    together = personalize("all", "all")
+    summary = json.loads((together / "eval_results.json").read_text())
+    assert [row["speaker_id"] for row in summary["speakers"]] == ["ann", "ben"]
+    assert summary["num_speakers"] == 2
+    for speaker in ("ann", "ben"):
+        own = json.loads((together / speaker / "eval_results.json").read_text())
+        model = AutoModelForCTC.from_pretrained(small_base)
+        base = model.count_parameters()["total"]
+        model.load_adapter(str(together / speaker), speaker)
+        assert own["trainable_parameters"] == model.count_parameters()["adapter"] > 0
+        assert own["total_parameters"] == base + own["trainable_parameters"]
+
+
+def test_personalize_all_leaves_finished_speakers_as_they_are_when_resumed(personalize):
+    together = personalize("all", "ann")
+    first = personalize("both", "ann", "ben")
+    before = (first / "ann" / WEIGHTS).stat().st_mtime_ns
+    (first / "ben" / WEIGHTS).unlink()
+    again = personalize("both", "ann", "ben", flags=("--resume_from_checkpoint", "true"))
+    assert (again / "ann" / WEIGHTS).stat().st_mtime_ns == before
+    assert (again / "ben" / WEIGHTS).is_file()
+    assert_close(together, again / "ann", atol=1e-4)
+
+
+def test_personalize_all_refuses_to_overwrite_a_speaker(personalize):
+    personalize("both", "ann", "ben")
+    with pytest.raises(ValueError, match="`output_dir` must not hold another adapter, got .*ann"):
+        personalize("both", "ann", "ben")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--unfreeze_base",), "`unfreeze_base` makes one model"),
+        (("--speakers_per_stack", 0), "`speakers_per_stack` must be at least 1, got 0"),
+        (("--gradient_accumulation_steps", 2), "`gradient_accumulation_steps` must be 1 for several speakers, got 2"),
+        (("--metric_for_best_model", "wer"), "`metric_for_best_model` must be loss for several speakers, got 'wer'"),
+        (("--bf16", "--use_cpu"), "`bf16` and `fp16` must be off for several speakers"),
+        (("--push_to_hub",), "`push_to_hub` takes one speaker, got several"),
+    ],
+)
+def test_personalize_all_refuses_what_makes_sense_for_one_speaker_only(personalize, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        personalize("out", "ann", "ben", flags=flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_personalize_all_refuses_a_speaker_whose_name_is_a_path(personalize, tmp_path):
+    with pytest.raises(ValueError, match=r"`adapter_name` must be .*got '\.\./ann'"):
+        personalize("out", "../ann", "ben")
+    assert not (tmp_path / "ann").exists()
+
+
+def test_personalize_refuses_patience_without_the_best_model(personalize):
+    with pytest.raises(ValueError, match="`early_stopping_patience` needs `load_best_model_at_end`"):
+        personalize("out", "ann", flags=("--early_stopping_patience", 2))
+
+
+def test_personalize_all_gives_the_same_adapters_on_two_processes(personalize, small_base, small_corpus, tmp_path):
+    together = personalize("all", "all")
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/multi_cpu.yaml",
+        "--main_process_port", "0", "recipes/personalize.py",
+        "--model_name_or_path", small_base, "--dataset", small_corpus, "--speaker_id", "all",
+        "--adapter_hidden_sizes", "4", "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
+        "--learning_rate", "1e-2", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "two",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(map(str, command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-2000:]
+    summary = json.loads((tmp_path / "two" / "eval_results.json").read_text())
+    assert [row["speaker_id"] for row in summary["speakers"]] == ["ann", "ben"]
+    for speaker in ("ann", "ben"):
+        assert_close(tmp_path / "two" / speaker, together / speaker, atol=1e-4)
