@@ -184,7 +184,7 @@ def test_tensors_of_another_shape_or_of_integers_are_refused_by_name(folder, ref
         ({"target_modules": "("}, r"`target_modules` must be names or a regular expression, got '\('"),
         ({"exclude_modules": "*"}, r"`exclude_modules` must be names or a regular expression, got '\*'"),
         ({"target_modules": "nowhere"}, "must be an adapter of this base, got .*alice .*nowhere"),
-        ({"target_modules": r"encoder\.rnn_layers\.0\.batch_norm"}, "must name modules with `in_features` and `out_features`"),
+        ({"target_modules": ["encoder.dropout"]}, "must name modules with `in_features` and `out_features`"),
         ({"peft_type": "GHOST"}, "`peft_type` must be a method of this PEFT, got 'GHOST'"),
         ({"task_type": "GHOST"}, "must have a configuration of its method, got .*adapter_config.json: .*GHOST"),
         ({"base_fingerprint": [1]}, r"a fingerprint that is a JSON object, got .*\[1\]"),
