@@ -13,6 +13,7 @@ At position "before", a bottleneck or transformer changes x and not y: base(x + 
 (after the encoder) and Qwen2-Audio (before the projector) have defaults.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,8 +138,10 @@ class SpeechAdapterMixin:
         return adapter_rows(self, adapter_names)
 
     def add_adapter(self, adapter_config: PeftConfig, adapter_name: str = "default") -> None:
-        """As transformers', which would note a refused adapter as added."""
-        super().add_adapter(adapter_config, check_adapter_name(adapter_name))
+        """As transformers', which would note a refused adapter as added, and warns of every second one."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            super().add_adapter(adapter_config, check_adapter_name(adapter_name))
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """
