@@ -14,6 +14,9 @@ test: .venv/installed
 DATASET ?= fsdd
 
 bench: .venv/installed
+	$(BIN)/python -m benchmarks.features
+	$(BIN)/python -m benchmarks.personal_training
+	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.personalization --dataset $(DATASET) --output_dir outputs/personalization
 
 # torch comes first: with the exact version in place, nothing asks the registry for a build with CUDA packages.

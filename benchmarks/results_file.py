@@ -7,6 +7,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from modeling.files import write_whole
 
 RESULTS_FOLDER = Path(__file__).parent / "results"
@@ -14,7 +16,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
 def describe_machine() -> dict[str, object]:
-    """Returns processor, cores, versions and date, without anything that names the host."""
+    """Returns processor, cores, threads, versions and date, without anything that names the host."""
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -23,16 +25,17 @@ def describe_machine() -> dict[str, object]:
     return {
         "processor": processor,
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{library: version(library) for library in LIBRARIES},
         "date": date.today().isoformat(),
     }
 
 
-def store_result(name: str, rows: list[dict], table: str) -> None:
-    """Writes `name`.json (rows and machine) and `name`.md (table and machine) under benchmarks/results/."""
+def store_result(name: str, rows: list[dict], table: str, *, folder: str | Path = RESULTS_FOLDER) -> None:
+    """Writes `name`.json (rows and machine) and `name`.md (table and machine) into `folder`."""
     machine = describe_machine()
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
-    with write_whole(RESULTS_FOLDER) as folder:
-        (folder / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-        (folder / f"{name}.md").write_text(f"{table}\n\n{about}\n")
+    with write_whole(folder) as scratch:
+        (scratch / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+        (scratch / f"{name}.md").write_text(f"{table}\n\n{about}\n")

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in ("data", "modeling", "recipes")
+    for folder in ("benchmarks", "data", "modeling", "recipes")
     for path in (ROOT / folder).glob("*.py")
     if path.name != "__init__.py"
 )

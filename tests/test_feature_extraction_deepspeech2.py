@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling import DeepSpeech2FeatureExtractor
+from modeling.feature_extraction_deepspeech2 import split_into_bands
 
 
 @pytest.fixture
@@ -30,6 +31,37 @@ def test_log_mel_equals_librosa(samples, settings):
         pad_mode="constant",
     )
     np.testing.assert_allclose(extractor.log_mel(samples), np.log(power.T), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"n_fft": 401, "win_length": 400}, {"hop_length": 700}, {"feature_size": 7, "n_fft": 1024}]
+)
+@pytest.mark.parametrize("num_samples", [1, 5000, 100_000])
+def test_log_mel_equals_a_dense_product_with_the_spectrum_of_torch(settings, num_samples):
+    extractor = DeepSpeech2FeatureExtractor(**settings)
+    samples = torch.randn(num_samples, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(samples, (extractor.n_fft // 2, extractor.n_fft))
+    spectrum = torch.stft(
+        padded,
+        extractor.n_fft,
+        extractor.hop_length,
+        extractor.win_length,
+        window=torch.hann_window(extractor.win_length),
+        center=False,
+        return_complex=True,
+    )[:, : extractor.get_num_frames(num_samples)]
+    energies = spectrum.abs().square().T @ torch.from_numpy(extractor.mel_filters)
+    torch.testing.assert_close(extractor.log_mel(samples), energies.log(), atol=1e-4, rtol=0)
+
+
+def test_filters_narrower_than_a_bin_of_the_spectrum_give_silence():
+    filters = np.zeros((5, 40), dtype=np.float32)
+    filters[2, 35] = 1.0
+    (_, empty_bins, empty), (mels, bins, band) = split_into_bands(filters)
+
+    assert (empty_bins, empty.abs().sum()) == (slice(0, 1), 0)
+    assert (mels, bins) == (slice(32, 64), slice(2, 3))
+    assert band.tolist() == [[0, 0, 0, 1, 0, 0, 0, 0]]
 
 
 def test_silence_is_finite():
