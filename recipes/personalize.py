@@ -11,6 +11,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
 
 from data.asr import Augmentation
+from data.corpora import load_corpus
 from modeling.adapter_files import read_adapter
 from modeling.adapters import adapters_off, is_adapter_parameter
 from recipes.arguments import CorpusArguments, parse_arguments
@@ -48,12 +49,13 @@ ARGUMENTS = (
 
 def plan_model(arguments: tuple) -> PreTrainedModel:
     """Returns the model that such a run trains, made of configurations, with all adapters that train together."""
-    personal_args, training_args = arguments[0], arguments[-1]
+    personal_args, corpus_args, training_args = arguments[0], arguments[1], arguments[-1]
     model = AutoModelForCTC.from_config(AutoConfig.from_pretrained(personal_args.model_name_or_path))
-    num_speakers, num_together = len(personal_args.speaker_id), personal_args.speakers_per_stack
-    if personal_args.speaker_id != [ALL_SPEAKERS]:
-        num_together = min(num_speakers, num_together)
-    for number in range(num_together):
+    speakers = personal_args.speaker_id
+    if speakers == [ALL_SPEAKERS]:
+        corpus = load_corpus(corpus_args.dataset, split=corpus_args.train_split, required_columns=("speaker_id",))
+        speakers = set(corpus["speaker_id"][:])
+    for number in range(min(len(speakers), personal_args.speakers_per_stack)):
         name = f"{ADAPTER_NAME}_{number}"
         if personal_args.init_adapter:
             config = read_adapter(personal_args.init_adapter).config

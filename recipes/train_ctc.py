@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
 
 from data.asr import Augmentation, UtteranceDataset, decode_clips
 from data.collators import CTCCollator
@@ -170,6 +170,15 @@ def describe_run(
         language=card_args.language,
         dataset_licence=card_args.dataset_licence,
     )
+
+
+def plan_model(arguments: tuple) -> DeepSpeech2ForCTC:
+    """Returns the model that such a run trains, made of configurations and transcripts, without weights of a file."""
+    model_args, corpus_args = arguments[:2]
+    if model_args.model_name_or_path:
+        return AutoModelForCTC.from_config(AutoConfig.from_pretrained(model_args.model_name_or_path))
+    train_corpus, _ = load_corpora(corpus_args)
+    return build_model(model_args, (row["text"] for row in train_corpus.select_columns(["text"])))[0]
 
 
 def main() -> None:
