@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoProcessor, AutoTokenizer
 
 from .adapter_loading import load_speech_adapter
+from .adapter_store import AdapterStore
 from .adapters import SpeechAdapterConfig, adapter_rows, save_adapter
 from .configuration_deepspeech2 import DeepSpeech2Config
 from .feature_extraction_deepspeech2 import DeepSpeech2FeatureExtractor
@@ -11,6 +12,7 @@ from .processing_deepspeech2 import DeepSpeech2Processor
 from .tokenization_deepspeech2 import JamoCTCTokenizer
 
 __all__ = [
+    "AdapterStore",
     "DeepSpeech2Config",
     "DeepSpeech2FeatureExtractor",
     "DeepSpeech2ForCTC",

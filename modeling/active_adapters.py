@@ -119,6 +119,7 @@ def adapter_rows(model: nn.Module, adapter_names: Sequence[str] | None) -> Itera
     known = {BASE}
     for layer in layers:
         known |= layer._get_available_adapters() if isinstance(layer, BaseTunerLayer) else set(layer._adapters)
+        known |= set(getattr(layer, "served_blocks", ()))
     if unknown := sorted(set(adapter_names) - known):
         raise ValueError(f"`adapter_names` must be loaded adapters ({', '.join(sorted(known))}), got {unknown}.")
     hook = partial(_add_adapter_names, names=list(adapter_names))

@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from peft import PeftConfig, inject_adapter_in_model
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations.peft import PeftAdapterMixin
 
-from .active_adapters import check_adapter_name
+from .active_adapters import check_adapter_name, is_adapter_parameter
 from .adapter_files import FINGERPRINT_ENTRY, MISMATCH_ENTRY, SavedAdapter, name_on_disk, read_adapter
 from .adapter_probe import check_effect
 from .fingerprint import fingerprint_base, fingerprint_processor, list_differences
@@ -251,10 +252,15 @@ def _inject(
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise _misfit(saved, str(error)) from error
-    missing = {key for key in loaded.missing_keys if f".{adapter_name}." in key}
+    missing = {key for key in loaded.missing_keys if _is_of_adapter(key, adapter_name)}
     if wrong := sorted(missing | set(loaded.unexpected_keys)):
         raise _wrong_tensors(saved, wrong[0])
     return loaded
+
+
+def _is_of_adapter(key: str, adapter_name: str) -> bool:
+    """Whether a parameter is the adapter's: its name follows that of a PEFT container, and may occur elsewhere too."""
+    return any(is_adapter_parameter(part) and name == adapter_name for part, name in pairwise(key.split(".")))
 
 
 @contextmanager

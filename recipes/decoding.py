@@ -1,4 +1,4 @@
-"""From a CTC model's frames to text: batches, long recordings in overlapping chunks, words with their times."""
+"""From a CTC model's frames to text: batches, recordings of any duration, words with their times."""
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +13,14 @@ from transformers import AutoModelForCTC, AutoProcessor, PreTrainedModel, Proces
 
 import modeling  # noqa: F401  (registers the models and the adapter)
 from data.asr import UtteranceDataset
-from data.audio import AudioError, AudioSource, audio_seconds, stream_audio
+from data.audio import AudioError, AudioSource, audio_seconds
 from data.collators import CTCCollator
 from data.metrics import score_by_speaker
-from modeling.adapters import adapter_rows, load_speech_adapter
+from modeling.adapter_store import AdapterStore
+from modeling.adapters import BASE, adapter_rows, load_speech_adapter
 from recipes.beam_search import BeamDecoder, clean_text
+from recipes.chunking import Chunking, ChunkStitcher, RecordingPath
 
-BLOCK_FRAMES = 3000  # a minute at 20 ms: a beam search on longer audio is done in blocks cut at pauses
 BUFFERED_BATCHES = 4  # chunks of so many batches wait to be sorted by duration
 
 
@@ -122,6 +123,7 @@ def recognize_batch(
     batch: Mapping[str, torch.Tensor],
     *,
     adapter_names: Sequence[str] | None = None,
+    store: AdapterStore | None = None,
     as_log_probs: bool = False,
 ) -> list[np.ndarray]:
     """
@@ -131,10 +133,11 @@ def recognize_batch(
         model: CTC model in evaluation mode.
         batch: `input_features` `(batch, frames, mel)` and `attention_mask` `(batch, frames)`.
         adapter_names: Adapter of each row, `"__base__"` for none. Default: the active one on all.
+        store: Has the adapters. Default: the model has them.
         as_log_probs: Log-probabilities `(frames, classes)` for a beam search, not the likeliest classes `(frames,)`.
     """
     inputs = {name: batch[name].to(model.device) for name in ("input_features", "attention_mask")}
-    with adapter_rows(model, adapter_names):
+    with store.rows(adapter_names) if store else adapter_rows(model, adapter_names):
         output = model(**inputs, output_base_logits=False)
     frames = output.logits.float().log_softmax(-1) if as_log_probs else output.logits.argmax(-1)
     lengths = output.logits_lengths.tolist()
@@ -182,139 +185,13 @@ def evaluate_dataset(
     return score_by_speaker(hypotheses, dataset.references, dataset.speakers)
 
 
-def stitch_chunks(chunks: Sequence[np.ndarray], *, step_frames: int, overlap_frames: int) -> np.ndarray:
-    """
-    Joins the frames of overlapping chunks; at each joint either chunk gives the half of the overlap nearer to it.
-
-        chunk 0   [0 .......... step ..|.. step + overlap]
-        chunk 1                 [0 ....|............ step ..|.. step + overlap]      | is overlap // 2
-
-    Args:
-        chunks: Classes `(frames,)` or log-probabilities `(frames, classes)` of each.
-        step_frames: Frames from a chunk's start to the next one's.
-        overlap_frames: Frames that two chunks share.
-    """
-    stitcher = ChunkStitcher(step_frames, overlap_frames)
-    return np.concatenate([*(stitcher.add(chunk) for chunk in chunks), stitcher.tail])
-
-
-class ChunkStitcher:
-    """[`stitch_chunks`] a chunk at a time: `add` returns the frames that are settled, `tail` the rest."""
-
-    def __init__(self, step_frames: int, overlap_frames: int):
-        self._half, self._cut = overlap_frames // 2, step_frames + overlap_frames // 2
-        self.tail: np.ndarray | None = None
-
-    def add(self, chunk: np.ndarray) -> np.ndarray:
-        """Returns the frames of `chunk` up to the joint with the next one, if there will be one."""
-        start = 0 if self.tail is None else self._half
-        self.tail = chunk[self._cut :]
-        return chunk[start : self._cut]
-
-
-class RecordingPath:
-    """
-    Best path of one recording: chunks of frames go in, in order; settled frames stay as classes alone.
-
-    Args:
-        stitcher: Joins the chunks.
-        decoder: Beam search, run on a block whenever one has gathered; None if the chunks are classes already.
-    """
-
-    def __init__(self, stitcher: ChunkStitcher, decoder: BeamDecoder | None):
-        self._stitcher, self._decoder = stitcher, decoder
-        self._ids: list[np.ndarray] = []
-        self._waiting: list[np.ndarray] = []
-
-    def add(self, chunk: np.ndarray) -> None:
-        """Takes the next chunk, classes `(frames,)` or, with a decoder, log-probabilities `(frames, classes)`."""
-        settled = self._stitcher.add(chunk)
-        if self._decoder is None:
-            self._ids.append(settled)
-            return
-        self._waiting.append(settled)
-        if sum(map(len, self._waiting)) > BLOCK_FRAMES:
-            block = np.concatenate(self._waiting)
-            cut = find_pause(block, [self._decoder.blank, self._decoder.delimiter])
-            self._ids.append(self._decoder.align(block[:cut]))
-            self._waiting = [block[cut:]]
-
-    def finish(self) -> np.ndarray:
-        """Returns the class of every frame, `(frames,)`."""
-        last = np.concatenate([*self._waiting, self._stitcher.tail])
-        return np.concatenate([*self._ids, self._decoder.align(last) if self._decoder else last])
-
-
-def find_pause(log_probs: np.ndarray, quiet_classes: Sequence[int]) -> int:
-    """
-    Returns the middle of the longest pause in the second half of `log_probs` `(frames, classes)`, as a frame.
-
-    A pause is a run of frames whose likeliest class is one of `quiet_classes`. Without one it is the end.
-    """
-    half = len(log_probs) // 2
-    is_quiet = np.isin(log_probs[half:].argmax(-1), quiet_classes)
-    edges = np.flatnonzero(np.diff(is_quiet, prepend=False, append=False))
-    starts, ends = edges[::2], edges[1::2]
-    if not len(starts):
-        return len(log_probs)
-    longest = (ends - starts).argmax()
-    return half + int(starts[longest] + ends[longest]) // 2
-
-
-@dataclass(frozen=True)
-class Chunking:
-    """
-    How a long recording is cut; in whole frames of logits, so that a chunk's frames continue the last one's.
-
-    Args:
-        step_frames: Frames from a chunk's start to the next one's.
-        overlap_frames: Frames that two chunks share.
-        seconds_per_frame: Duration of a frame.
-        sampling_rate: Rate of the chunks in Hz.
-    """
-
-    step_frames: int
-    overlap_frames: int
-    seconds_per_frame: float
-    sampling_rate: int
-
-    @classmethod
-    def fit(
-        cls, model: PreTrainedModel, processor: ProcessorMixin, *, chunk_seconds: float, overlap_seconds: float
-    ) -> "Chunking":
-        """
-        Returns the nearest chunks of whole frames.
-
-        Raises:
-            ValueError: The overlap is negative or not shorter than the chunk.
-        """
-        sampling_rate = processor.feature_extractor.sampling_rate
-        seconds_per_frame = model.config.inputs_to_logits_ratio / sampling_rate
-        overlap_frames = round(overlap_seconds / seconds_per_frame)
-        step_frames = round(chunk_seconds / seconds_per_frame) - overlap_frames
-        if step_frames < 1 or overlap_frames < 0:
-            raise ValueError(
-                f"`overlap_seconds` must be at least 0 and less than `chunk_seconds` ({chunk_seconds}), got "
-                f"{overlap_seconds}. Shorten the overlap or lengthen the chunks."
-            )
-        return cls(step_frames, overlap_frames, seconds_per_frame, sampling_rate)
-
-    def stream(self, source: AudioSource) -> Iterator[np.ndarray]:
-        """Yields the chunks `(samples,)` of a recording, as [`stream_audio`]."""
-        return stream_audio(
-            source,
-            chunk_seconds=(self.step_frames + self.overlap_frames) * self.seconds_per_frame,
-            overlap_seconds=self.overlap_frames * self.seconds_per_frame,
-            sampling_rate=self.sampling_rate,
-        )
-
-
 def transcribe_recordings(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     sources: Sequence[AudioSource],
     *,
     adapter_names: Sequence[str] | None = None,
+    store: AdapterStore | None = None,
     chunk_seconds: float = 20.0,
     overlap_seconds: float = 2.0,
     batch_size: int = 16,
@@ -330,6 +207,7 @@ def transcribe_recordings(
         processor: Its processor.
         sources: Recordings, as in `read_audio`.
         adapter_names: Adapter of each recording, `"__base__"` for none. Default: the active one on all.
+        store: Has the adapters, which must then be named. Default: the model has them.
         chunk_seconds: Duration that the model hears at once.
         overlap_seconds: Duration that two chunks share, so that either hears around the joint.
         batch_size: Chunks that the model hears together.
@@ -349,7 +227,9 @@ def transcribe_recordings(
     paths: dict[int, RecordingPath] = {}
     chunks = _stream_all(sources, chunking, errors)
     while buffer := list(islice(chunks, BUFFERED_BATCHES * batch_size)):
-        frames = _recognize_chunks(model, processor, buffer, adapter_names, batch_size, decoder is not None)
+        names = None if adapter_names is None else [adapter_names[index] for index, _ in buffer]
+        batches = split_batches([len(chunk) for _, chunk in buffer], names, batch_size, store and store.capacity)
+        frames = _recognize_chunks(model, processor, buffer, batches, names, store, decoder is not None)
         for (index, _), chunk in zip(buffer, frames, strict=True):
             stitcher = ChunkStitcher(chunking.step_frames, chunking.overlap_frames)
             paths.setdefault(index, RecordingPath(stitcher, decoder)).add(chunk)
@@ -373,23 +253,48 @@ def _stream_all(
             errors[index] = error
 
 
+def split_batches(
+    lengths: Sequence[int], adapter_names: Sequence[str] | None, batch_size: int, max_adapters: int | None
+) -> Iterator[list[int]]:
+    """
+    Yields the rows of each batch, from the shortest row to the longest.
+
+    Args:
+        lengths: Of each row.
+        adapter_names: Adapter of each row, if each has its own.
+        batch_size: Rows that a batch may have.
+        max_adapters: Different adapters that a batch may have.
+
+    Example:
+        >>> list(split_batches([5, 1, 4, 2], ["ann", "ben", "cho", "ann"], 3, 2))
+        [[1, 3], [2, 0]]
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        num_adapters = len({adapter_names[other] for other in (*batch, row)} - {BASE}) if max_adapters else 0
+        if len(batch) == batch_size or num_adapters > (max_adapters or 0):
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
 def _recognize_chunks(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     chunks: Sequence[tuple[int, np.ndarray]],
+    batches: Iterator[list[int]],
     adapter_names: Sequence[str] | None,
-    batch_size: int,
+    store: AdapterStore | None,
     as_log_probs: bool,
 ) -> list[np.ndarray]:
     """Returns the frames of each chunk, in the order of `chunks`."""
-    order = sorted(range(len(chunks)), key=lambda row: len(chunks[row][1]))
     frames: list[np.ndarray] = [np.empty(0)] * len(chunks)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in batches:
         samples = [chunks[row][1] for row in rows]
         batch = processor(samples, sampling_rate=processor.feature_extractor.sampling_rate, return_tensors="pt")
-        names = None if adapter_names is None else [adapter_names[chunks[row][0]] for row in rows]
-        outputs = recognize_batch(model, batch, adapter_names=names, as_log_probs=as_log_probs)
+        names = None if adapter_names is None else [adapter_names[row] for row in rows]
+        outputs = recognize_batch(model, batch, adapter_names=names, store=store, as_log_probs=as_log_probs)
         for row, output in zip(rows, outputs, strict=True):
             frames[row] = output
     return frames

@@ -1,6 +1,7 @@
 """Writes down what is said in recordings: any number of files and durations, an adapter for each speaker.
 
 python recipes/transcribe.py --model_name_or_path BASE --adapter alice=ALICE bob=BOB --speaker alice bob a.wav b.mp3
+python recipes/transcribe.py --model_name_or_path BASE --adapter_store STORE --speaker alice bob a.wav b.mp3
 """
 
 import json
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from accelerate import PartialState
+from transformers import PreTrainedModel, ProcessorMixin
 
 from data.audio import AudioError
+from modeling.adapter_store import AdapterStore, list_adapter_names, locate_adapter
 from modeling.adapters import BASE, check_adapter_name
 from modeling.files import write_whole
 from recipes.arguments import parse_arguments
@@ -36,6 +39,10 @@ class TranscribeArguments:
     adapter: list[str] = field(
         default_factory=list, metadata={"help": "One folder or Hub name for all files, or several NAME=FOLDER."}
     )
+    adapter_store: str | None = field(
+        default=None, metadata={"help": "Folder with an adapter in a sub-folder of each speaker's name."}
+    )
+    max_loaded_adapters: int = field(default=64, metadata={"help": "Adapters of the store in memory at once."})
     speaker: list[str] = field(
         default_factory=list, metadata={"help": "Name of an adapter for each file, or `base` for none."}
     )
@@ -141,6 +148,34 @@ def choose_adapters(speakers: Sequence[str], adapters: Mapping[str, str], num_fi
     return [BASE if speaker in BASE_SPEAKERS else speaker for speaker in speakers]
 
 
+def choose_from_store(speakers: Sequence[str], folder: str, num_files: int) -> list[str]:
+    """
+    Returns the adapter of each file, `"__base__"` for none, from a store of any size.
+
+    Args:
+        speakers: Names of adapters in the store or `base`, one a file.
+        folder: The store.
+        num_files: Number of files.
+
+    Raises:
+        ValueError: There are not as many speakers as files, the store has no such adapter, or one named `base`.
+    """
+    if len(speakers) != num_files:
+        raise ValueError(
+            f"`speaker` must be given once a file with a store, got {len(speakers)} speakers for {num_files} files. "
+            "Write `base` for a file without an adapter."
+        )
+    for speaker in dict.fromkeys(speakers):
+        if speaker not in BASE_SPEAKERS:
+            try:
+                locate_adapter(folder, speaker)
+            except ValueError as error:
+                raise ValueError(f"`speaker` must be an adapter of `adapter_store` or `base`: {error}") from error
+        elif speaker in list_adapter_names(folder):
+            raise ValueError(f"`adapter_store` must not hold an adapter {speaker!r}, which means none. Rename it.")
+    return [BASE if speaker in BASE_SPEAKERS else speaker for speaker in speakers]
+
+
 def format_transcripts(transcripts: Sequence[tuple[str, str | None, Transcript]], *, as_json: bool) -> str:
     """Returns `(file, speaker, transcript)` triples as JSON or as lines of text."""
     if as_json:
@@ -156,12 +191,13 @@ def main(argv: list[str] | None = None) -> int:
     tokens = flag_files(sys.argv[1:] if argv is None else argv)
     arguments, decoding = parse_arguments(TranscribeArguments, DecodingArguments, argv=tokens)
     adapters = parse_adapters(arguments.adapter)
-    adapter_names = choose_adapters(arguments.speaker, adapters, len(arguments.files))
+    adapter_names = choose_for_files(arguments, adapters)
 
     # Model and adapters
     model, processor = load_recognizer(
         arguments.model_name_or_path, adapters, allow_base_mismatch=arguments.allow_base_mismatch
     )
+    store = open_store(arguments, adapter_names, model, processor) if arguments.adapter_store else None
     decoder = build_decoder(decoding, processor.tokenizer)
 
     # Transcribe
@@ -170,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         processor,
         arguments.files,
         adapter_names=adapter_names,
+        store=store,
         chunk_seconds=arguments.chunk_seconds,
         overlap_seconds=arguments.overlap_seconds,
         batch_size=arguments.batch_size,
@@ -186,6 +223,43 @@ def main(argv: list[str] | None = None) -> int:
         for error in errors:
             print(f"error: {error}", file=sys.stderr)
     return 1 if errors else 0
+
+
+def choose_for_files(arguments: TranscribeArguments, adapters: Mapping[str, str]) -> list[str]:
+    """
+    Returns the adapter of each file, as [`choose_adapters`] or [`choose_from_store`].
+
+    Raises:
+        ValueError: As these, or adapters are given as well as a store.
+    """
+    num_files = len(arguments.files)
+    if arguments.adapter_store is None:
+        return choose_adapters(arguments.speaker, adapters, num_files)
+    if adapters:
+        raise ValueError("`adapter` must not be given with `adapter_store`. Put the adapter into the store.")
+    return choose_from_store(arguments.speaker, arguments.adapter_store, num_files)
+
+
+def open_store(
+    arguments: TranscribeArguments, adapter_names: Sequence[str], model: PreTrainedModel, processor: ProcessorMixin
+) -> AdapterStore:
+    """
+    Returns the store of adapters; all of `adapter_names` have been read once.
+
+    Raises:
+        ValueError: As [`AdapterStore`] and, for any of the adapters, [`AdapterStore.activate`].
+    """
+    store = AdapterStore(
+        model,
+        arguments.adapter_store,
+        capacity=arguments.max_loaded_adapters,
+        processor=processor,
+        allow_base_mismatch=arguments.allow_base_mismatch,
+    )
+    # A damaged adapter is found now and not after hours of audio.
+    for name in set(adapter_names) - {BASE}:
+        store.activate(name)
+    return store
 
 
 def write_output(text: str, path: str | None) -> None:

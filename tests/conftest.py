@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the libraries read it: no test may wait for a network
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from serving import write_adapter
 from transformers import Wav2Vec2CTCTokenizer
 
 from data.synthesis import Voice, synthesize
@@ -80,6 +82,29 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory, tiny_processor: Deep
         folders[name] = str(tmp_path_factory.mktemp(name))
         save_adapter(model, folders[name], name)
     return folders
+
+
+@pytest.fixture(scope="session")
+def people(tmp_path_factory, tiny_base) -> Path:
+    """A store of four mlp adapters, `ann`, `ben`, `cho` and `dan`; tests must not change it."""
+    folder = tmp_path_factory.mktemp("people")
+    for seed, name in enumerate(("ann", "ben", "cho", "dan")):
+        write_adapter(tiny_base, folder / name, seed, kind="mlp")
+    return folder
+
+
+@pytest.fixture
+def store_folder(people, tmp_path) -> Path:
+    """A copy of the store that a test may change."""
+    return Path(shutil.copytree(people, tmp_path / "store"))
+
+
+@pytest.fixture
+def five_rows() -> dict[str, torch.Tensor]:
+    """Five rows of noise of 16 bins, all but the first padded."""
+    features = torch.randn(5, 30, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(30) < torch.tensor([30, 17, 24, 29, 12]).unsqueeze(1)
+    return {"input_features": features, "attention_mask": mask.long()}
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,11 @@ def test_a_name_that_is_taken_and_a_module_that_is_no_model_are_refused(folder, 
         load_speech_adapter(torch.nn.Linear(2, 2), str(folder), "alice")
 
 
+def test_an_adapter_may_be_named_like_a_module_of_the_base(folder, tiny_model):
+    tiny_model.load_adapter(str(folder), "0")
+    assert find_active_adapters(tiny_model) == ["0"]
+
+
 @pytest.fixture
 def whisper() -> WhisperForConditionalGeneration:
     """Whisper of one layer, random and always the same."""

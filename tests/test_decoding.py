@@ -15,19 +15,15 @@ from data.corpora import load_corpus
 from data.metrics import score_by_speaker
 from modeling import DeepSpeech2FeatureExtractor, DeepSpeech2Processor, JamoCTCTokenizer
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, BASE, adapters_off
-from recipes import decoding
+from recipes import chunking
 from recipes.beam_search import BeamDecoder
+from recipes.chunking import Chunking, ChunkStitcher, RecordingPath, find_pause, stitch_chunks
 from recipes.decoding import (
-    Chunking,
-    ChunkStitcher,
-    RecordingPath,
     Word,
     evaluate_dataset,
-    find_pause,
     load_recognizer,
     locate_words,
     recognize_batch,
-    stitch_chunks,
     transcribe_recordings,
 )
 
@@ -107,7 +103,7 @@ def test_recording_path_searched_in_blocks_is_the_path_searched_at_once(monkeypa
     log_probs = one_hot(tiny_processor.tokenizer, "__c_at__|__cc_ut_|_" * 8)
     searched = []
     align = cat_decoder.align
-    monkeypatch.setattr(decoding, "BLOCK_FRAMES", 40)
+    monkeypatch.setattr(chunking, "BLOCK_FRAMES", 40)
     monkeypatch.setattr(cat_decoder, "align", lambda block: searched.append(len(block)) or align(block))
     path = RecordingPath(ChunkStitcher(step_frames=10, overlap_frames=0), cat_decoder)
 

@@ -147,6 +147,38 @@ def test_one_adapter_without_a_name_acts_on_all_files(tiny_base, tiny_adapters, 
     )
 
 
+def test_speakers_of_a_store_are_transcribed_as_with_their_adapters(tiny_base, people, recordings, capsys):
+    files = [recordings["wav"], recordings["mp3"], recordings["ogg"], recordings["flac"]]
+    speakers = ["ann", "base", "cho", "ben"]
+    base = ["--model_name_or_path", tiny_base, "--speaker", *speakers, *files]
+
+    assert main([*base, "--adapter", *(f"{name}={people / name}" for name in ("ann", "ben", "cho"))]) == 0
+    expected = capsys.readouterr().out
+    for capacity in ("1", "64"):  # in batches of one adapter, and together
+        assert main([*base, "--adapter_store", str(people), "--max_loaded_adapters", capacity]) == 0
+        assert capsys.readouterr().out == expected
+    assert len(set(line.split("\t")[1] for line in expected.splitlines())) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--speaker", "bem"], "`speaker` must be an adapter of `adapter_store` or `base`: .*Did you mean 'ben'"),
+        ([], "`speaker` must be given once a file with a store, got 0 speakers for 1 files"),
+        (["--speaker", "ann", "--adapter", "out/x"], "`adapter` must not be given with `adapter_store`"),
+        (["--speaker", "base"], "`adapter_store` must not hold an adapter 'base', which means none"),
+        (["--speaker", "dan"], "`adapter` must be a folder with adapter_model.safetensors, got .*dan"),
+    ],
+)
+def test_a_store_and_its_speakers_are_checked_before_anything_is_heard(
+    tiny_base, store_folder, recordings, flags, message
+):
+    (store_folder / "ann").rename(store_folder / "base")
+    (store_folder / "dan" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=message):
+        main(["--model_name_or_path", tiny_base, "--adapter_store", str(store_folder), *flags, recordings["wav"]])
+
+
 def test_word_list_restricts_the_transcript(tiny_base, recordings, tmp_path, capsys):
     (tmp_path / "words.txt").write_text("cat\n", encoding="utf-8")
 
