@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ FACTORS = torch.frombuffer(
 ).view(2, BLOCK_WORDS)
 # Module names that PEFT and torch.compile put around a base's own.
 WRAPPER_NAMES = {"base_layer", "original_module", "_orig_mod"}
+# Attribute of a model whose weights are partly on the disk, with what `digest_parts` says of all of them.
+CHECKPOINT_DIGEST = "checkpoint_digest"
 # Entries of a feature extractor that tell of its code and not of the features.
 CODE_ENTRIES = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
@@ -36,7 +39,7 @@ def fingerprint_base(model: nn.Module) -> dict[str, str | int | None]:
 
     Returns:
         `architecture` (class and model type), `weights` (32 hexadecimal digits; `None` if some of the weights are not
-        in memory), `dtype` (of the parameters) and `num_parameters`.
+        in memory and [`digest_parts`] has not read them), `dtype` (of the parameters) and `num_parameters`.
 
     Source: multilinear hashing, Lemire and Kaser (arXiv 1202.4961), section 2.
 
@@ -61,10 +64,40 @@ def fingerprint_base(model: nn.Module) -> dict[str, str | int | None]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return {
         "architecture": type(model).__name__ + (f" ({model_type})" if model_type else ""),
-        "weights": digest_tensors(tensors),
+        "weights": digest_tensors(tensors) or getattr(model, CHECKPOINT_DIGEST, None),
         "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in parameters.values()})),
         "num_parameters": sum(value.numel() for value in parameters.values()),
     }
+
+
+def digest_parts(model: nn.Module, read: Callable[[str], Iterator[torch.Tensor]]) -> str:
+    """
+    Returns the `weights` that [`fingerprint_base`] would give if all of them were in memory; they need not be.
+
+    Args:
+        model: With weights in memory or on the meta device.
+        read: For the name of a weight that is not in memory, gives its content in order: flat tensors of a multiple of
+            `BLOCK_WORDS` words each but the last, in the precision of the model. Raises a KeyError for a name that it
+            does not know, such as the second one of a tied weight.
+
+    Raises:
+        KeyError: `read` knows a weight under none of its names.
+    """
+    tensors = dict(_base_tensors(model))
+    names_of: dict[int, list[str]] = {}
+    for name, value in tensors.items():
+        names_of.setdefault(id(value), []).append(name)
+
+    def sum_parts(value: torch.Tensor) -> list[list[int]]:
+        """The sums of a weight, wherever it is, under whichever of its names it is known."""
+        if not value.is_meta:
+            return _sum_blocks(value)
+        for name in names_of[id(value)]:
+            with suppress(KeyError):
+                return [sums for part in read(name) for sums in _sum_blocks(part)]
+        raise KeyError(names_of[id(value)][0])
+
+    return _digest_sums(tensors, sum_parts)
 
 
 def fingerprint_processor(processor: ProcessorMixin) -> dict[str, str | dict[str, object]]:
@@ -129,13 +162,17 @@ def digest_tensors(tensors: dict[str, torch.Tensor]) -> str | None:
     """Returns 32 hexadecimal digits over tensors and their names, or `None` if some are not in memory."""
     if any(value.is_meta for value in tensors.values()):
         return None
+    return _digest_sums(tensors, _sum_blocks)
+
+
+def _digest_sums(tensors: dict[str, torch.Tensor], sum_blocks: Callable[[torch.Tensor], list[list[int]]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     sums: dict[int, list[list[int]]] = {}  # a tied tensor is read once
     for name in sorted(tensors):
-        value = tensors[name].detach()
-        if id(tensors[name]) not in sums:
-            sums[id(tensors[name])] = _sum_blocks(value)
-        digest.update(repr((name, tuple(value.shape), str(value.dtype), sums[id(tensors[name])])).encode())
+        value = tensors[name]
+        if id(value) not in sums:
+            sums[id(value)] = sum_blocks(value)
+        digest.update(repr((name, tuple(value.shape), str(value.dtype), sums[id(value)])).encode())
     return digest.hexdigest()
 
 
@@ -145,7 +182,7 @@ def _sum_blocks(value: torch.Tensor) -> list[list[int]]:
 
     A difference in the upper half of a word shows in the second sum: modulo 2^64 the first may lose it.
     """
-    content = value.contiguous().reshape(-1).view(torch.uint8)
+    content = value.detach().contiguous().reshape(-1).view(torch.uint8)
     if rest := -len(content) % 8:
         content = nn.functional.pad(content, (0, rest))
     factors, upper_factors = FACTORS.to(content.device)
