@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from recipes.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("benchmarks", "data", "modeling", "recipes", "tests", "accelerate_configs", "recipes/configs")
+ROOMS = ("benchmarks", "data", "docs", "modeling", "recipes", "accelerate_configs", "recipes/configs")
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 LAUNCHERS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 REQUIRED = {"dataset": "synthetic", "model_name_or_path": "base", "speaker_id": "ann", "output_dir": "out"}
@@ -26,7 +26,7 @@ def find_recipe(config: Path) -> str:
 @pytest.mark.parametrize("room", ROOMS)
 def test_readme_tree_names_every_file(room):
     tree = README[README.index("## Tree") :]
-    files = [path.name for path in (ROOT / room).iterdir() if path.suffix in (".py", ".yaml")]
+    files = [path.name for path in (ROOT / room).iterdir() if path.suffix in (".py", ".yaml", ".md")]
     assert [name for name in files if name not in tree and name != "__init__.py"] == []
 
 
