@@ -129,6 +129,15 @@ def read_clip(row: dict, *, sampling_rate: int) -> dict:
     return {"samples": samples, "num_samples": len(samples)}
 
 
+def digest_samples(clips: Dataset) -> str:
+    """Returns 32 hexadecimal digits over the samples of every clip, in their order; a few clips are read at a time."""
+    digest = xxhash.xxh3_128(repr(list(clips["num_samples"])).encode())
+    for table in clips.with_format("arrow", columns=["samples"]).iter(NUM_DIGESTED):
+        for chunk in table["samples"].chunks:
+            digest.update(chunk.flatten().to_numpy())
+    return digest.hexdigest()
+
+
 def find_text_unit(tokenizer) -> str:
     """Returns "jamo" for a tokenizer that spells Hangul syllables, else "character"."""
     return "jamo" if type(tokenizer).__name__ == "JamoCTCTokenizer" else "character"
@@ -288,12 +297,8 @@ class UtteranceDataset(torch.utils.data.Dataset):
 
     @cached_property
     def samples_digest(self) -> str:
-        """32 hexadecimal digits over the samples of every clip, in the order of the clips."""
-        digest = xxhash.xxh3_128(repr(self.num_samples).encode())
-        for table in self.clips.with_format("arrow", columns=["samples"]).iter(NUM_DIGESTED):
-            for chunk in table["samples"].chunks:
-                digest.update(chunk.flatten().to_numpy())
-        return digest.hexdigest()
+        """As [`digest_samples`]."""
+        return digest_samples(self.clips)
 
     def __len__(self) -> int:
         return len(self.groups)

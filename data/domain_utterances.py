@@ -6,15 +6,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import xxhash
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
-from .asr import join_clips
+from .asr import digest_samples, join_clips
 from .prompts import Prompt, check_placeholders
-
-# Clips whose samples are read at a time to digest them: 10 MB for clips of 10 s.
-NUM_DIGESTED = 16
 
 
 class DomainUtterances(torch.utils.data.Dataset):
@@ -103,12 +99,8 @@ class DomainUtterances(torch.utils.data.Dataset):
 
     @cached_property
     def samples_digest(self) -> str:
-        """32 hexadecimal digits over the samples of every clip, in the order of the clips."""
-        digest = xxhash.xxh3_128(repr(self.num_samples).encode())
-        for table in self.clips.with_format("arrow", columns=["samples"]).iter(NUM_DIGESTED):
-            for chunk in table["samples"].chunks:
-                digest.update(chunk.flatten().to_numpy())
-        return digest.hexdigest()
+        """As [`digest_samples`]."""
+        return digest_samples(self.clips)
 
     def __len__(self) -> int:
         return len(self.groups)
