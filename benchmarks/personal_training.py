@@ -303,6 +303,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="Kinds of adapters.")
     parser.add_argument("--vocab_sizes", nargs="+", type=int, default=VOCAB_SIZES, help="Numbers of classes.")
     parser.add_argument("--num_hidden_layers", type=int, help="Recurrent layers of the base. Default: 5.")
+    parser.add_argument("--num_utterances", type=int, help="Utterances of the speaker. Default: 128.")
     parser.add_argument("--repeats", type=int, default=3, help="Undisturbed samples of each function.")
     parser.add_argument("--results_folder", type=Path, default=RESULTS_FOLDER, help="Where the result is stored.")
     parser.add_argument("--quick", action="store_true", help="Tiny sizes, to see that it runs; not for figures.")
@@ -317,6 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes, timing = QUICK_SIZES, {"repeats": 1, "min_sample_s": 0.0}
     if options.num_hidden_layers:
         sizes = replace(sizes, base={**sizes.base, "num_hidden_layers": options.num_hidden_layers})
+    if options.num_utterances:
+        sizes = replace(sizes, num_utterances=options.num_utterances)
     gemm = {"size": 64, "seconds": 0.01} if options.quick else {}
     rates = {"fp32": gemm_flops(torch.float32, **gemm), "bf16": gemm_flops(torch.bfloat16, **gemm)}
     has_bf16, bf16 = judge_bf16(rates["bf16"] / rates["fp32"])
