@@ -11,7 +11,7 @@ import numpy as np
 import scipy.fft
 import scipy.signal
 import soundfile
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import Dataset
 from matplotlib.figure import Figure
 
 from .audio import SAMPLING_RATE, check_audio, read_audio
@@ -295,36 +295,6 @@ def simulate_clips(clips: Dataset, sampling_rate: int, *, channel: LDVChannel, s
 
 def _simulate_row(row: dict, index: int, *, sampling_rate: int, channel: LDVChannel, seed: int) -> dict:
     return {"samples": simulate_ldv(row["samples"], sampling_rate, channel=channel, seed=[seed, index])}
-
-
-def pair_domains(
-    clips: Dataset,
-    sampling_rate: int,
-    *,
-    channel: LDVChannel,
-    seed: int,
-    domains: tuple[str, str] = ("microphone", "ldv"),
-) -> Dataset:
-    """
-    Returns every clip twice: all from the microphone, then all from the vibrometer, in the same order.
-
-    Args:
-        clips: As for [`simulate_clips`].
-        sampling_rate: Of the samples in Hz.
-        channel: Of the vibrometer.
-        seed: As for [`simulate_clips`].
-        domains: Names of the two.
-
-    Returns:
-        The columns of `clips`, `domain`, and `pair_id`, a string that a clip shares with its partner and no other.
-    """
-    heard = simulate_clips(clips, sampling_rate, channel=channel, seed=seed)
-    tables = []
-    for table, domain in zip((clips, heard), domains, strict=True):
-        table = table.remove_columns(list({"domain", "pair_id"} & set(table.column_names)))
-        table = table.add_column("domain", [domain] * len(table), feature=Value("string"))
-        tables.append(table.add_column("pair_id", [str(row) for row in range(len(table))], feature=Value("string")))
-    return concatenate_datasets(tables)
 
 
 def draw_pair(path: str | Path, samples: np.ndarray, heard: np.ndarray, sampling_rate: int) -> None:

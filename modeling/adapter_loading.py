@@ -207,9 +207,7 @@ def _check_patterns(saved: SavedAdapter, module_names: Sequence[str]) -> None:
             raise ValueError(
                 f"`target_modules` must be names or a regular expression, got {pattern!r} in {saved.source} ({error})."
             ) from error
-    if all(
-        len(BRANCHING.findall(pattern)) <= MAX_BRANCHES and not re.search(r"\)[*+?{]", pattern) for pattern in patterns
-    ):
+    if all(map(_is_quick, patterns)):
         return
     try:
         subprocess.run(

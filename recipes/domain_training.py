@@ -38,9 +38,6 @@ class DomainTrainingArguments(RecipeTrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule, as in TrainingArguments."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of the warm-up; below 1, a share of all."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints, as in TrainingArguments."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Not used: the collator takes what it needs."}
-    )
 
 
 def measure_distances(

@@ -10,7 +10,7 @@ import soundfile
 from datasets import Dataset, Features, List, Value
 
 from data.audio import AudioError, read_audio
-from data.ldv import DRIFT_HZ, SURFACES, LDVChannel, draw_pair, main, pair_domains, simulate_clips, simulate_ldv
+from data.ldv import DRIFT_HZ, SURFACES, LDVChannel, draw_pair, main, simulate_clips, simulate_ldv
 from data.synthesis import Voice, synthesize
 from recipes.arguments import parse_arguments
 
@@ -301,15 +301,6 @@ def test_simulate_clips_is_cached_by_channel_and_seed(clips):
     )
     assert first == again
     assert len({first, *others}) == 3
-
-
-def test_pair_domains_gives_every_clip_its_partner(clips):
-    pairs = pair_domains(clips, RATE, channel=LDVChannel(), seed=7, domains=("air", "laser"))
-    assert pairs["name"][:] == ["a.wav", "b.wav"] * 2
-    assert pairs["domain"][:] == ["air", "air", "laser", "laser"]
-    assert pairs["pair_id"][:] == ["0", "1", "0", "1"]
-    heard = simulate_clips(clips, RATE, channel=LDVChannel(), seed=7)
-    assert pairs["samples"][:] == [*clips["samples"], *heard["samples"]]
 
 
 @pytest.fixture
