@@ -26,8 +26,9 @@ from transformers import (
     set_seed,
 )
 
-from data.asr import Augmentation, UtteranceDataset, read_clip
+from data.asr import UtteranceDataset, read_clip
 from data.audio import SAMPLING_RATE
+from data.augmentation import Augmentation
 from data.collators import IGNORED_LABEL
 from data.corpora import load_corpus
 from data.metrics import score_by_speaker

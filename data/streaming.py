@@ -5,7 +5,8 @@ import logging
 import numpy as np
 from datasets import IterableDataset
 
-from .asr import Augmentation, count_ctc_frames, find_text_unit, read_clip
+from .asr import count_ctc_frames, find_text_unit, read_clip
+from .augmentation import Augmentation
 from .text import check_characters, normalize_text
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import CONFIG_NAME
 
-from data.asr import Augmentation, UtteranceDataset, decode_clips
+from data.asr import UtteranceDataset, decode_clips
+from data.augmentation import Augmentation
 from data.corpora import load_corpus, select_speakers, take_seconds
 from modeling import SpeechAdapterConfig
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, save_adapter

@@ -10,7 +10,7 @@ from functools import partial
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
 
-from data.asr import Augmentation
+from data.augmentation import Augmentation
 from data.corpora import load_corpus
 from modeling.adapter_files import read_adapter
 from modeling.adapters import adapters_off, is_adapter_parameter

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCTC, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from data.asr import Augmentation
+from data.augmentation import Augmentation
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off, check_adapter_name
 from recipes.arguments import CorpusArguments
 from recipes.cached_training import CacheArguments, FrozenPart

@@ -20,8 +20,8 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from data.asr import Augmentation
 from data.audio import SAMPLING_RATE
+from data.augmentation import Augmentation
 from data.feature_cache import DTYPES
 from modeling.files import write_whole
 from modeling.frozen_prefix import find_frozen_prefix

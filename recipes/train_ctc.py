@@ -14,7 +14,8 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
 
-from data.asr import Augmentation, UtteranceDataset, decode_clips
+from data.asr import UtteranceDataset, decode_clips
+from data.augmentation import Augmentation
 from data.collators import CTCCollator
 from data.corpora import load_corpus, select_speakers
 from data.streaming import stream_utterances

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 
 from data.asr import (
-    Augmentation,
     UtteranceDataset,
     count_ctc_frames,
     decode_clips,
@@ -20,6 +19,7 @@ from data.asr import (
     join_clips,
 )
 from data.audio import AudioError
+from data.augmentation import Augmentation
 from modeling import JamoCTCTokenizer
 
 TEXTS = ["One, two!", "three", "four", "five six", "seven", "eight"]

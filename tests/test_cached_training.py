@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from data.asr import Augmentation, UtteranceDataset, decode_clips
+from data.asr import UtteranceDataset, decode_clips
+from data.augmentation import Augmentation
 from data.corpora import load_corpus
 from modeling import SpeechAdapterConfig
 from recipes.cached_training import CacheArguments, FrozenPart

@@ -22,7 +22,8 @@ from datasets import Dataset
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from data.asr import Augmentation, UtteranceDataset
+from data.asr import UtteranceDataset
+from data.augmentation import Augmentation
 from data.collators import CTCCollator
 from data.feature_cache import (
     CACHE_NAME,

@@ -12,8 +12,8 @@ from transformers import AutoModelForCTC, AutoProcessor, BitsAndBytesConfig, Whi
 from transformers import WhisperForConditionalGeneration as Whisper
 
 import recipes.plan
-from data.asr import Augmentation
 from data.audio import audio_seconds
+from data.augmentation import Augmentation
 from data.corpora import load_corpus
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from modeling.frozen_prefix import find_frozen_prefix
