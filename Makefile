@@ -6,10 +6,10 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m recipes.demo --output_dir outputs/demo
 
-test: .venv/installed
+test: .venv/test-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 DATASET ?= fsdd
 
@@ -26,6 +26,10 @@ bench: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/test-tools: .venv/installed requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@
 
 clean:

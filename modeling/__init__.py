@@ -1,6 +1,13 @@
 """Models and adapters; importing this package registers them with the Auto classes."""
 
+import logging
+
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoProcessor, AutoTokenizer
+
+# bitsandbytes 0.50 warns at every import on CPUs with AVX512-BF16 unless a kernel is fetched from the Hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+)
 
 from .adapter_loading import load_speech_adapter
 from .adapter_store import AdapterStore

@@ -1,22 +1,14 @@
 """Beam search over the words of a list or of an n-gram, through flashlight-text and KenLM."""
 
+import importlib
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
-from flashlight.lib.text.decoder import (
-    CriterionType,
-    LexiconDecoder,
-    LexiconDecoderOptions,
-    SmearingMode,
-    Trie,
-    ZeroLM,
-)
-from flashlight.lib.text.decoder.kenlm import KenLM
-from flashlight.lib.text.dictionary import Dictionary
 
 from data.text import normalize_text
 
@@ -83,13 +75,14 @@ class BeamDecoder:
         words = read_word_list(word_list) if word_list else arpa_words
         self.blank, self.delimiter = tokenizer.pad_token_id, tokenizer.word_delimiter_token_id
         spellings = spell_words(words, tokenizer, name=str(word_list or ngram))
-        lm = _load_ngram(ngram, list(spellings)) if ngram else ZeroLM()
-        trie = Trie(len(tokenizer), self.delimiter)
+        search = import_flashlight()
+        lm = _load_ngram(ngram, list(spellings)) if ngram else search.ZeroLM()
+        trie = search.Trie(len(tokenizer), self.delimiter)
         start = lm.start(False)
         for index, spelling in enumerate(spellings.values()):
             trie.insert([*spelling, self.delimiter], index, lm.score(start, index)[1])
-        trie.smear(SmearingMode.MAX)
-        options = LexiconDecoderOptions(
+        trie.smear(search.SmearingMode.MAX)
+        options = search.LexiconDecoderOptions(
             beam_size=beam_size,
             beam_size_token=min(BEAM_TOKENS, len(tokenizer)),
             beam_threshold=BEAM_THRESHOLD,
@@ -98,10 +91,10 @@ class BeamDecoder:
             unk_score=-np.inf,
             sil_score=0.0,
             log_add=False,
-            criterion_type=CriterionType.CTC,
+            criterion_type=search.CriterionType.CTC,
         )
         self.tokenizer, self._lm = tokenizer, lm  # the search does not keep its language model alive
-        self._search = LexiconDecoder(options, trie, lm, self.delimiter, self.blank, -1, [], False)
+        self._search = search.LexiconDecoder(options, trie, lm, self.delimiter, self.blank, -1, [], False)
 
     def align(self, log_probs: np.ndarray) -> np.ndarray:
         """
@@ -126,6 +119,22 @@ class BeamDecoder:
     def decode(self, log_probs: np.ndarray) -> str:
         """Returns the text of `log_probs` `(frames, classes)`."""
         return clean_text(self.tokenizer.decode(self.align(log_probs).tolist()))
+
+
+def import_flashlight() -> ModuleType:
+    """
+    Returns flashlight-text's decoder, which has no wheel for Python 3.13 and above (0.0.7).
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        return importlib.import_module("flashlight.lib.text.decoder")
+    except ImportError as error:
+        raise ValueError(
+            f"`word_list` and `ngram` must go with the package flashlight-text, got none ({error}). Run "
+            "`pip install flashlight-text` on Python 3.12 or below, or leave both out for the greedy search."
+        ) from error
 
 
 def build_decoder(arguments: DecodingArguments, tokenizer) -> BeamDecoder | None:
@@ -228,13 +237,13 @@ def _read_lines(path: str | Path, flag: str) -> list[str]:
         raise ValueError(f"`{flag}` must be UTF-8 text, got line {line} of {path}. Convert the file.") from error
 
 
-def _load_ngram(path: str | Path, words: Sequence[str]) -> KenLM:
+def _load_ngram(path: str | Path, words: Sequence[str]):
     """Loads an ARPA file whose words get the indices of `words`."""
-    indices = Dictionary()
+    indices = importlib.import_module("flashlight.lib.text.dictionary").Dictionary()
     for word in words:
         indices.add_entry(word)
     try:
-        return KenLM(str(path), indices)
+        return importlib.import_module("flashlight.lib.text.decoder.kenlm").KenLM(str(path), indices)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         found = re.search(r"[Bb]yte:? (\d+)", reason)
