@@ -2,13 +2,18 @@
 
 import difflib
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+
+from recipes.processes import choose_device, describe_processes, join_processes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,15 +40,18 @@ def parse_arguments(*argument_types: type, argv: Sequence[str] | None = None) ->
     """
     Returns one instance of each dataclass, from `--config FILE.yaml` and flags; a flag overrules the file.
 
-    The file's entries become flags before the user's own, so both have the same types, choices and checks.
+    The file's entries become flags before the user's own, so both have the same types, choices and checks. The
+    processes of a launcher are joined on the way, and a training says what it runs on.
 
     Args:
         argument_types: Dataclasses, as for `HfArgumentParser`.
         argv: Tokens; default: the command line.
 
     Raises:
-        ValueError: The file is missing or not a mapping, or a key or flag is unknown.
+        ValueError: The file is missing or not a mapping, a key or flag is unknown, or the processes are not as many as
+            the launcher was asked for.
     """
+    choose_device()
     parser = HfArgumentParser(argument_types, allow_abbrev=False)
     parser.add_argument("--config", default=None, help="YAML file of flags; a flag given beside it overrules it.")
     tokens = list(sys.argv[1:] if argv is None else argv)
@@ -56,6 +64,10 @@ def parse_arguments(*argument_types: type, argv: Sequence[str] | None = None) ->
     *arguments, _, unknown = parser.parse_args_into_dataclasses([*from_file, *tokens], return_remaining_strings=True)
     if unknown:
         raise ValueError(f"Every value must follow a flag, got {unknown}. `--help` lists the flags.")
+    state = join_processes()
+    for training_args in arguments:
+        if isinstance(training_args, TrainingArguments) and state.is_main_process:
+            logger.warning("Runs as %s.", describe_processes(state, training_args.mixed_precision))
     return tuple(arguments)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_personalize_all_gives_the_same_adapters_on_two_processes(personalize, s
     together = personalize("all", "all")
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/multi_cpu.yaml",
-        "--main_process_port", "0", "recipes/personalize.py",
+        "recipes/personalize.py",
         "--model_name_or_path", small_base, "--dataset", small_corpus, "--speaker_id", "all",
         "--adapter_hidden_sizes", "4", "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
         "--learning_rate", "1e-2", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "two",
@@ -150,6 +151,8 @@ def test_personalize_all_gives_the_same_adapters_on_two_processes(personalize, s
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(map(str, command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-2000:]
+    assert "Runs as 2 processes on cpu" in run.stderr
+    assert sorted(re.findall(r"^1 adapters in \d+ s: (\w+)$", run.stdout, re.MULTILINE)) == ["ann", "ben"]
     summary = json.loads((tmp_path / "two" / "eval_results.json").read_text())
     assert [row["speaker_id"] for row in summary["speakers"]] == ["ann", "ben"]
     for speaker in ("ann", "ben"):
