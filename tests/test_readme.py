@@ -33,7 +33,7 @@ def test_readme_tree_names_every_file(room):
 def test_readme_tree_names_no_file_that_is_not_there():
     tree = README[README.index("## Tree") :]
     files = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
-    assert [name for name in re.findall(r"[\w.]+\.(?:py|yaml|md|toml|txt)\b", tree) if name not in files] == []
+    assert [name for name in re.findall(r"[\w.-]+\.(?:py|yaml|md|toml|txt)\b", tree) if name not in files] == []
 
 
 @pytest.mark.parametrize("tokens", find_commands("recipes/"), ids=" ".join)
