@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from data.asr import UtteranceDataset, read_clip
+from data.asr import UtteranceDataset, read_clips
 from data.audio import SAMPLING_RATE
 from data.augmentation import Augmentation
 from data.collators import IGNORED_LABEL
@@ -142,11 +142,10 @@ class GuidedWhisper(nn.Module):
         return {"loss": output.loss + loss, "logits": output.logits}
 
 
-def read_clips(corpus: Dataset) -> Dataset:
+def read_corpus(corpus: Dataset) -> Dataset:
     """Returns columns `name`, `speaker_id`, `text`, `samples` `(samples,)` and `num_samples` of a corpus."""
-    columns = [name for name in corpus.column_names if name not in ("speaker_id", "text")]
-    clips = corpus.map(read_clip, remove_columns=columns, fn_kwargs={"sampling_rate": SAMPLING_RATE}, desc="audio")
-    return clips.add_column("name", [clip["path"] for clip in corpus["audio"]])
+    columns = {name: corpus[name][:] for name in ("speaker_id", "text")}
+    return read_clips(corpus, columns, sampling_rate=SAMPLING_RATE)
 
 
 def split_recordings(corpus: Dataset) -> tuple[Dataset, Dataset]:
@@ -160,7 +159,7 @@ def split_recordings(corpus: Dataset) -> tuple[Dataset, Dataset]:
 
 
 def synthesize_phrases(*, seed: int, num_phrases: int = PHRASES_PER_VOICE) -> Dataset:
-    """Returns clips of one to three digits in the ordinary voices, as [`read_clips`] does; no two are alike."""
+    """Returns clips of one to three digits in the ordinary voices, as [`read_corpus`] does; no two are alike."""
     generator = np.random.default_rng(seed)
     rows = []
     for voice in ORDINARY_VOICES:
@@ -235,10 +234,10 @@ def load_utterances(dataset: str, processor: WhisperProcessor, *, seed: int) -> 
     train, held_out = split_recordings(load_corpus(dataset, split="train"))
     test = load_corpus(dataset, split="test")
     options = {"processor": processor, "concatenate": (1, MAX_DIGITS), "seed": seed}
-    spoken = WhisperUtterances(read_clips(train), augmentation=AUGMENTATION, **options)
+    spoken = WhisperUtterances(read_corpus(train), augmentation=AUGMENTATION, **options)
     read = WhisperUtterances(synthesize_phrases(seed=seed), processor, augmentation=AUGMENTATION, seed=seed)
     return MixedUtterances([spoken, read]), *(
-        WhisperUtterances(read_clips(rows), **options) for rows in (held_out, test)
+        WhisperUtterances(read_corpus(rows), **options) for rows in (held_out, test)
     )
 
 

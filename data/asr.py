@@ -1,26 +1,22 @@
 """Utterances for recognition: clips decoded once, joined, augmented and turned into features when a batch is made."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 import xxhash
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from .audio import AudioError, read_audio
 from .augmentation import Augmentation
+from .code_digest import map_versioned
+from .left_out import report_left_out
 from .text import check_characters, normalize_text
 
-logger = logging.getLogger(__name__)
-
-# Above this share of utterances that CTC cannot align, the corpus is wrong rather than a few of its rows.
-MAX_INFEASIBLE_SHARE = 0.05
-# Utterances named in a message before it says how many more there are.
-NUM_NAMED = 5
 # Clips whose samples are read at a time to digest them: 10 MB for clips of 10 s.
 NUM_DIGESTED = 16
+CLIP_FEATURES = Features({"samples": List(Value("float32")), "num_samples": Value("int64"), "fault": Value("string")})
 
 
 def decode_clips(
@@ -40,31 +36,67 @@ def decode_clips(
         Columns `name`, `speaker_id`, `text` (normalised), `labels` and `samples` `(samples,)`.
 
     Raises:
-        AudioError: A clip is unreadable, empty, silent or too short.
+        AudioError: More than 5 % of the clips are unreadable, empty, silent or too short. Fewer of them are dropped,
+            counted and named in a warning.
         ValueError: A transcript has characters outside the vocabulary, or more than 5 % of the transcripts need more
             frames than their audio has. Fewer of them are dropped, counted and named in a warning.
     """
     tokenizer = processor.tokenizer
     texts = [normalize_text(text) for text in corpus["text"]]
     check_characters(texts, tokenizer.get_vocab(), text_unit=find_text_unit(tokenizer), name="text")
-    names = [clip["path"] or f"row {row}" for row, clip in enumerate(corpus["audio"])]
-    speakers = corpus["speaker_id"] if "speaker_id" in corpus.column_names else [""] * len(corpus)
-    table = corpus.select_columns(["audio"]).map(
-        read_clip,
-        remove_columns=["audio"],
-        fn_kwargs={"sampling_rate": processor.feature_extractor.sampling_rate},
-        desc="reading audio",
-    )
-    labels = tokenizer(texts).input_ids
-    for column, values in (("name", names), ("speaker_id", list(speakers)), ("text", texts), ("labels", labels)):
-        table = table.add_column(column, values)
+    speakers = corpus["speaker_id"][:] if "speaker_id" in corpus.column_names else [""] * len(corpus)
+    speakers = [speaker or "" for speaker in speakers]
+    columns = {"speaker_id": speakers, "text": texts, "labels": tokenizer(texts).input_ids}
+    table = read_clips(corpus, columns, sampling_rate=processor.feature_extractor.sampling_rate)
     return drop_infeasible(table, samples_per_logit=samples_per_logit, max_speed=max_speed, is_joined=is_joined)
 
 
+def read_clips(corpus: Dataset, columns: Mapping[str, Sequence], *, sampling_rate: int) -> Dataset:
+    """
+    Reads and checks every recording once; the result is cached by the fingerprint of corpus, rate and code.
+
+    Args:
+        corpus: A column `audio`, undecoded.
+        columns: Further columns of the result, a value a row.
+        sampling_rate: Of the samples in Hz.
+
+    Returns:
+        Columns `samples` `(samples,)`, `num_samples`, `name` and `columns`, without the rows that cannot be used.
+
+    Raises:
+        AudioError: More than 5 % of the recordings are unreadable, empty, silent or too short. Fewer of them are left
+            out, counted and named in a warning.
+    """
+    names = [clip["path"] or f"row {row}" for row, clip in enumerate(corpus["audio"], start=1)]
+    table = map_versioned(
+        corpus.select_columns(["audio"]),
+        read_clip,
+        fn_kwargs={"sampling_rate": sampling_rate},
+        features=CLIP_FEATURES,
+        remove_columns=["audio"],
+        desc="reading audio",
+    )
+    faults = {row: fault for row, fault in enumerate(table["fault"]) if fault}
+    report_left_out(
+        list(faults.values()),
+        len(table),
+        what="recordings cannot be used",
+        remedy="Correct them or remove the rows.",
+        error_class=AudioError,
+    )
+    table = table.remove_columns("fault").add_column("name", names)
+    for column, values in columns.items():
+        table = table.add_column(column, values)
+    return table.select([row for row in range(len(table)) if row not in faults]) if faults else table
+
+
 def read_clip(row: dict, *, sampling_rate: int) -> dict:
-    """Returns a corpus row's `samples` `(samples,)` at `sampling_rate` Hz and their number."""
-    samples = read_audio(row["audio"], sampling_rate=sampling_rate)
-    return {"samples": samples, "num_samples": len(samples)}
+    """Returns a row's `samples` `(samples,)` at `sampling_rate` Hz, their number, and `fault`: what is wrong."""
+    try:
+        samples, fault = read_audio(row["audio"], sampling_rate=sampling_rate), None
+    except AudioError as error:
+        samples, fault = np.empty(0, dtype=np.float32), str(error).removesuffix(".")
+    return {"samples": samples, "num_samples": len(samples), "fault": fault}
 
 
 def digest_samples(clips: Dataset) -> str:
@@ -101,16 +133,13 @@ def drop_infeasible(
     bad = [row for row in range(len(table)) if needed[row] > there[row]]
     if not bad:
         return table
-    named = "; ".join(
-        f"{table[row]['name']} ({needed[row]} frames needed, {there[row]} there)" for row in bad[:NUM_NAMED]
+    names = table["name"][:]
+    report_left_out(
+        [f"{names[row]} ({needed[row]} frames needed, {there[row]} there)" for row in bad],
+        len(table),
+        what="utterances have transcripts longer than their audio for CTC",
+        remedy="Check that column `text` belongs to column `audio`.",
     )
-    message = (
-        f"{len(bad)} of {len(table)} utterances have transcripts longer than their audio for CTC: {named}"
-        f"{f' and {len(bad) - NUM_NAMED} more' if len(bad) > NUM_NAMED else ''}."
-    )
-    if len(bad) > MAX_INFEASIBLE_SHARE * len(table):
-        raise ValueError(f"{message} Check that column `text` belongs to column `audio`.")
-    logger.warning("%s They are left out.", message)
     return table.select(sorted(set(range(len(table))) - set(bad)))
 
 

@@ -18,7 +18,8 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 
 from data.audio import audio_seconds
-from data.synthesis import LANGUAGES, RECIPE_VERSION, write_synthetic_corpus
+from data.code_digest import digest_code
+from data.synthesis import LANGUAGES, write_synthetic_corpus
 
 AUDIO_COLUMNS = ("audio", "file_name", "path")  # in this order of preference
 RENAMED_COLUMNS = {
@@ -177,7 +178,7 @@ def _make_synthetic(dataset: str) -> Path:
         raise ValueError(f"`dataset` must be one of {choices}, got {dataset!r}. Choose one of them.")
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / f"speech_adapter_synthetic_{language}_v{RECIPE_VERSION}"
+    folder = cache / f"speech_adapter_synthetic_{language}_{digest_code(write_synthetic_corpus)}"
     with FileLock(f"{folder}.lock"):  # the processes of one training start together
         if not folder.exists():
             write_synthetic_corpus(folder, language=language)

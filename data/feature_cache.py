@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .asr import UtteranceDataset
 from .cache_file import TABLES, CacheWriter, find_damage
+from .code_digest import digest_code
 from .collators import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ def build_cache(
         run: Returns states `(batch, frames, width)` by name and their lengths `(batch,)`; called under inference mode
             with batches of similar length, the longest first.
         collate: Makes a batch of utterances.
-        key: What the states depend on beside the utterances: weights, processor; anything JSON can hold.
+        key: What the states depend on beside the utterances and the code of the arguments above: weights, processor,
+            the code of both; anything JSON can hold.
         folder: Where all caches are, as from [`resolve_cache_folder`].
         batch_size: Utterances that `run` is given together.
         dtype: "float32" or "bfloat16", which halves the file.
@@ -128,7 +130,8 @@ def _find_or_build(dataset, run, *, collate, key, folder, batch_size, dtype) -> 
         raise ValueError(f"`cache_dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    key = {**key, "utterances": digest_utterances(dataset), "dtype": dtype, "version": VERSION}
+    code = digest_code(dataset, collate, getattr(run, "func", run))
+    key = {**key, "utterances": digest_utterances(dataset), "dtype": dtype, "version": VERSION, "code": code}
     key = json.dumps(key, sort_keys=True)
     path = Path(folder) / xxhash.xxh3_128_hexdigest(key.encode()) / CACHE_NAME
     damage = find_damage(path, key, DTYPES[dtype])

@@ -15,6 +15,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 
 from .audio import SAMPLING_RATE, check_audio, read_audio
+from .code_digest import map_versioned
 
 LOW_CUT_ORDER = 2  # 12 dB an octave below the band
 HIGH_CUT_ORDER = 4  # 24 dB an octave above it
@@ -269,7 +270,7 @@ def _draw_dropouts(
 
 def simulate_clips(clips: Dataset, sampling_rate: int, *, channel: LDVChannel, seed: int) -> Dataset:
     """
-    Returns decoded clips as the vibrometer hears them; the result is cached by the fingerprint of clips and channel.
+    Returns decoded clips as the vibrometer hears them; cached by the fingerprint of clips, channel and code.
 
     Args:
         clips: A column `samples`, as from [`decode_clips`]; the other columns stay.
@@ -280,17 +281,15 @@ def simulate_clips(clips: Dataset, sampling_rate: int, *, channel: LDVChannel, s
     Raises:
         ValueError: As [`simulate_ldv`].
     """
-    return (
-        clips.with_format("numpy", columns=["samples"], output_all_columns=True)
-        .map(
-            _simulate_row,
-            with_indices=True,
-            features=clips.features,
-            fn_kwargs={"sampling_rate": sampling_rate, "channel": channel, "seed": seed},
-            desc="simulating a vibrometer",
-        )
-        .with_format(None)
+    heard = map_versioned(
+        clips.with_format("numpy", columns=["samples"], output_all_columns=True),
+        _simulate_row,
+        fn_kwargs={"sampling_rate": sampling_rate, "channel": channel, "seed": seed},
+        with_indices=True,
+        features=clips.features,
+        desc="simulating a vibrometer",
     )
+    return heard.with_format(None)
 
 
 def _simulate_row(row: dict, index: int, *, sampling_rate: int, channel: LDVChannel, seed: int) -> dict:

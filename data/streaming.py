@@ -1,15 +1,12 @@
 """Utterances for recognition from a corpus that does not fit a disk: read, checked and encoded while they are used."""
 
-import logging
-
 import numpy as np
 from datasets import IterableDataset
 
 from .asr import count_ctc_frames, find_text_unit, read_clip
 from .augmentation import Augmentation
+from .left_out import StreamedRows
 from .text import check_characters, normalize_text
-
-logger = logging.getLogger(__name__)
 
 
 def stream_utterances(
@@ -31,33 +28,35 @@ def stream_utterances(
         seed: Of everything drawn.
 
     Returns:
-        `input_features` `(frames, mel)` and `labels` `(tokens,)`. Rows whose transcript needs more frames than
-        there are, are left out and named in a warning.
+        `input_features` `(frames, mel)` and `labels` `(tokens,)`. Rows whose recording is unreadable, empty, silent or
+        too short, also for the transcript, are left out, each with a warning.
 
     Raises:
-        AudioError: While iterating, at a clip that is unreadable, empty, silent or too short.
-        ValueError: While iterating, at a transcript with characters outside the vocabulary.
+        ValueError: While iterating, at a transcript with characters outside the vocabulary, or where more than 5 % of
+            the rows are left out.
     """
     extractor, tokenizer = processor.feature_extractor, processor.tokenizer
     augmentation = augmentation or Augmentation()
+    rows = StreamedRows(what="streamed recordings cannot be used", remedy="Correct them or remove the rows.")
 
     def encode(row: dict, index: int) -> dict:
         generator = np.random.default_rng([seed, index])
         name = row["audio"]["path"] or f"row {index + 1}"
         text = normalize_text(row["text"])
         check_characters([text], tokenizer.get_vocab(), text_unit=find_text_unit(tokenizer), name=f"text of {name}")
-        samples = read_clip(row, sampling_rate=extractor.sampling_rate)["samples"]
-        samples = augmentation.change_speed(samples, generator)
-        labels = tokenizer(text).input_ids
+        clip, labels = read_clip(row, sampling_rate=extractor.sampling_rate), tokenizer(text).input_ids
+        if clip["fault"]:
+            rows.note(clip["fault"])
+            return {"input_features": [], "labels": labels, "is_usable": False}
+        samples = augmentation.change_speed(clip["samples"], generator)
         needed, there = count_ctc_frames(labels), len(samples) // samples_per_logit + 1
-        if needed > there:
-            logger.warning("%s is left out: CTC needs %d frames, %d are there.", name, needed, there)
+        rows.note(f"{name}: CTC needs {needed} frames, {there} are there" if needed > there else None)
         features = extractor.normalize(extractor.log_mel(samples))
         return {
             "input_features": augmentation.mask(features, generator).numpy(),
             "labels": labels,
-            "is_feasible": needed <= there,
+            "is_usable": needed <= there,
         }
 
     examples = corpus.map(encode, with_indices=True, remove_columns=list(corpus.features or next(iter(corpus))))
-    return examples.filter(lambda row: row["is_feasible"]).remove_columns("is_feasible")
+    return examples.filter(lambda row: row["is_usable"]).remove_columns("is_usable")

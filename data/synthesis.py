@@ -25,7 +25,6 @@ from tqdm import tqdm
 from data.audio import SAMPLING_RATE
 
 LANGUAGES = ("en", "ko")
-RECIPE_VERSION = 1  # part of the cached corpus's name: raise it with every change of what is written
 SPLIT_SEED = 0  # of the sentences, and not the user's seed: what is a test sentence never changes
 TEST_SHARE = 0.2  # of the distinct sentences
 RATE_JITTER = 0.08

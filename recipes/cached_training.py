@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from data.asr import UtteranceDataset
+from data.code_digest import digest_code
 from data.collators import CTCCollator
 from data.feature_cache import CachedUtterances, PackedCollator, resolve_cache_folder
 from modeling.fingerprint import fingerprint_processor
@@ -55,6 +56,7 @@ class FrozenPart:
     ):
         self.prefix: FrozenPrefix | None = find_frozen_prefix(model)
         self.processor, self.arguments, self.batch_size = processor, arguments, batch_size
+        self.code = digest_code(model, processor.feature_extractor)
         self._pad = CTCCollator(processor)
 
     def prepare(self, dataset: UtteranceDataset) -> Dataset:
@@ -72,12 +74,13 @@ class FrozenPart:
                 "`cache_variants` 4 keeps four versions of each."
             )
             return dataset
+        key = {"prefix": self.prefix.name, "weights": self.prefix.digest, "model_code": self.code}
         build = partial(
             CachedUtterances.build,
             dataset,
             self.prefix,
             collate=self._pad,
-            key={"prefix": self.prefix.name, "weights": self.prefix.digest, **fingerprint_processor(self.processor)},
+            key={**key, **fingerprint_processor(self.processor)},
             folder=resolve_cache_folder(self.arguments.cache_dir),
             batch_size=self.batch_size,
             dtype=self.arguments.cache_dtype,

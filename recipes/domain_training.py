@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
+from data.code_digest import digest_code
 from data.domain_utterances import CachedDomain, DomainCollator, DomainUtterances, PairedUtterances
 from data.feature_cache import build_cache, resolve_cache_folder
 from modeling.fingerprint import fingerprint_base, fingerprint_processor
@@ -284,6 +285,7 @@ def cache_tower(
     key = {
         "tower": fingerprint_base(find_tower(model)),
         "keeps_padding": keeps_padding,
+        "model_code": digest_code(run_tower, find_tower(model), collator.prompt.extractor),
         **fingerprint_processor(processor),
     }
     audio_collator = DomainCollator(collator.prompt, has_answers=False)

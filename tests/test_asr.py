@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_clips_without_a_path_are_named_by_row_and_need_no_speaker(corpus, tiny_
     content = [{"bytes": Path(clip["path"]).read_bytes(), "path": None} for clip in corpus["audio"]]
     corpus = corpus.remove_columns(["audio", "speaker_id"]).add_column("audio", content)
     clips = decode_clips(corpus, tiny_processor, samples_per_logit=320)
-    assert clips["name"][:2] == ["row 0", "row 1"]
+    assert clips["name"][:2] == ["row 1", "row 2"]
     assert set(clips["speaker_id"]) == {""}
 
 
@@ -76,6 +77,23 @@ def test_a_clip_that_cannot_be_read_is_named(corpus, tiny_processor, tmp_path):
     (tmp_path / "3.wav").write_text("no audio")
     with pytest.raises(AudioError, match="3.wav"):
         decode_clips(corpus, tiny_processor, samples_per_logit=320)
+
+
+def test_a_silent_and_a_short_clip_among_forty_are_left_out_and_named(tmp_path, tiny_processor, caplog):
+    tone = 0.1 * np.sin(np.arange(8000) / 5)
+    for number in range(40):
+        soundfile.write(tmp_path / f"{number}.wav", {7: 0 * tone, 9: tone[:100]}.get(number, tone), 16_000)
+    rows = [{"path": str(tmp_path / f"{number}.wav"), "bytes": None} for number in range(40)]
+    speakers = [str(number) for number in range(40)]
+    corpus = Dataset.from_dict({"audio": rows, "text": ["go"] * 40, "speaker_id": speakers})
+    clips = decode_clips(corpus, tiny_processor, samples_per_logit=320)
+    assert clips["speaker_id"][:] == speakers[:7] + speakers[8:9] + speakers[10:]
+    assert set(clips["num_samples"]) == {8000}
+    assert "2 of 40 recordings cannot be used: " in caplog.text
+    assert re.search(r"7\.wav` must hold sound.*; .*9\.wav` must be at least 25 ms.*They are left out", caplog.text)
+    soundfile.write(tmp_path / "11.wav", 0 * tone, 16_000)
+    with pytest.raises(AudioError, match=r"3 of 40 recordings cannot be used: .*7\.wav.*9\.wav.*11\.wav"):
+        decode_clips(Dataset.from_dict(corpus.to_dict()), tiny_processor, samples_per_logit=320)
 
 
 def test_characters_outside_the_vocabulary_are_named(corpus, tiny_processor):

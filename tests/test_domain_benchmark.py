@@ -16,7 +16,7 @@ from benchmarks.domain_base import (
     make_model,
     make_processor,
     measure_wer,
-    read_clips,
+    read_corpus,
     split_recordings,
     synthesize_phrases,
 )
@@ -77,7 +77,7 @@ def test_phrases_are_short_varied_and_always_the_same():
 
 
 def test_utterances_leave_out_the_clips_that_do_not_fit(processor, recordings):
-    clips = read_clips(recordings.select([0, 0, 0]))
+    clips = read_corpus(recordings.select([0, 0, 0]))
     samples = np.ones(CHUNK_SECONDS * SAMPLING_RATE // 2, np.float32)
     clips = clips.map(lambda _: {"samples": samples, "num_samples": len(samples)})
     utterances = WhisperUtterances(clips, processor, concatenate=(3, 3))
@@ -86,7 +86,9 @@ def test_utterances_leave_out_the_clips_that_do_not_fit(processor, recordings):
 
 
 def test_augmented_utterances_are_the_same_in_the_same_epoch_alone(processor, recordings):
-    first, second = (WhisperUtterances(read_clips(recordings), processor, augmentation=AUGMENTATION) for _ in range(2))
+    first, second = (
+        WhisperUtterances(read_corpus(recordings), processor, augmentation=AUGMENTATION) for _ in range(2)
+    )
     assert torch.equal(first[1]["input_features"], second[1]["input_features"])
     second.set_epoch(1)
     assert not torch.equal(first[1]["input_features"], second[1]["input_features"])
@@ -94,7 +96,7 @@ def test_augmented_utterances_are_the_same_in_the_same_epoch_alone(processor, re
 
 def test_guided_loss_is_the_decoders_and_ctc_of_the_words(processor, recordings):
     torch.manual_seed(0)
-    utterances = WhisperUtterances(read_clips(recordings), processor, concatenate=(1, 2))
+    utterances = WhisperUtterances(read_corpus(recordings), processor, concatenate=(1, 2))
     blank = processor.tokenizer.eos_token_id
     guided = GuidedWhisper(make_model(processor), blank=blank).eval()
     batch = collate([utterances[index] for index in range(2)])
@@ -111,7 +113,7 @@ def test_guided_loss_is_the_decoders_and_ctc_of_the_words(processor, recordings)
 
 def test_wer_counts_what_the_base_says(processor, recordings):
     torch.manual_seed(0)
-    utterances = WhisperUtterances(read_clips(recordings), processor)
+    utterances = WhisperUtterances(read_corpus(recordings), processor)
     model = make_model(processor)
     model.generation_config.max_length = 2  # room for the start alone: every word is missing
     assert measure_wer(model, utterances, batch_size=4) == 1.0

@@ -33,7 +33,18 @@ def test_streamed_utterances_leave_a_transcript_without_enough_frames_out(tmp_pa
     corpus = load_corpus(str(tmp_path), streaming=True)
     examples = list(stream_utterances(corpus, tiny_processor, samples_per_logit=320))
     assert len(examples) == 1
-    assert "long.wav is left out: CTC needs 7 frames, 6 are there." in caplog.text
+    assert "long.wav: CTC needs 7 frames, 6 are there. It is left out." in caplog.text
+
+
+def test_streamed_utterances_leave_a_silent_recording_out(tmp_path, tiny_processor, caplog):
+    tone = 0.1 * np.sin(np.arange(16_000) / 5)
+    for name, gain in (("a", 1), ("silent", 0), ("b", 1)):
+        soundfile.write(tmp_path / f"{name}.wav", gain * tone, 16_000)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,a\nsilent.wav,no\nb.wav,b\n")
+    corpus = load_corpus(str(tmp_path), streaming=True)
+    examples = list(stream_utterances(corpus, tiny_processor, samples_per_logit=320))
+    assert [example["labels"] for example in examples] == [tiny_processor.tokenizer(text).input_ids for text in "ab"]
+    assert "silent.wav` must hold sound" in caplog.text
 
 
 def test_streamed_utterances_name_the_file_with_unknown_characters(tmp_path, tiny_processor):
