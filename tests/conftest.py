@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 from serving import write_adapter
-from transformers import Wav2Vec2CTCTokenizer
+from transformers import Trainer, Wav2Vec2CTCTokenizer
 
 from data.synthesis import Voice, synthesize
 from modeling import (
@@ -132,6 +132,20 @@ def _make_model(vocab_size: int) -> DeepSpeech2ForCTC:
         # A fresh classifier says nearly the same everywhere; a louder one says different letters.
         model.classifier[1].weight.data.mul_(20)
     return model
+
+
+@pytest.fixture
+def trained_steps(monkeypatch) -> list[int]:
+    """Number of every optimizer step that a Trainer begins while the test runs, from 0; a resumed run's go on."""
+    steps: list[int] = []
+    training_step = Trainer.training_step
+
+    def count(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", count)
+    return steps
 
 
 def _run_main(main: Callable[[], None], *tokens: object) -> None:

@@ -149,6 +149,17 @@ def test_a_distilled_adapter_is_measured_on_the_whole_model(adapt_domain):
     assert results["microphone_wer_off"] == results["microphone_wer_before"]
 
 
+def test_a_resumed_adaptation_equals_the_uninterrupted_one(adapt_domain, trained_steps, tmp_path):
+    flags = ("--objective", "both", "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2)
+    flags += ("--save_total_limit", 5, "--per_device_train_batch_size", 2)
+    whole = adapt_domain(*flags, output_dir=tmp_path / "whole")
+    resume = ("--resume_from_checkpoint", whole / "checkpoint-2")
+    resumed = adapt_domain(*flags, *resume, output_dir=tmp_path / "resumed")
+    assert trained_steps == [0, 1, 2, 3, 2, 3]
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
 def test_caching_changes_nothing_but_the_time(adapt_domain, tmp_path):
     flags = ("--objective", "both", "--adapter_dropout", 0.0)
     folders = [

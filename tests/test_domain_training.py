@@ -191,7 +191,7 @@ def test_distances_are_logged_and_evaluations_have_a_loss(base, pairs, tmp_path)
     assert any("eval_loss" in row for row in trainer.state.log_history)
 
 
-def test_a_resumed_distillation_equals_the_uninterrupted_one(base, pairs, tmp_path):
+def test_a_resumed_distillation_equals_the_uninterrupted_one(base, pairs, trained_steps, tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 5}
     settings |= {"per_device_train_batch_size": 2}
     whole = make_trainer(base, pairs, tmp_path / "whole", "distill", **settings)
@@ -200,6 +200,7 @@ def test_a_resumed_distillation_equals_the_uninterrupted_one(base, pairs, tmp_pa
     assert {path.name for path in checkpoint.glob("*.safetensors")} == {"adapter_model.safetensors"}
     resumed = make_trainer(base, pairs, tmp_path / "resumed", "distill", **settings)
     resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert trained_steps == [0, 1, 2, 3, 2, 3]
     expected = whole.model.speech_adapter_block.state_dict()
     assert all(
         torch.equal(value, expected[name]) for name, value in resumed.model.speech_adapter_block.state_dict().items()

@@ -83,7 +83,7 @@ def test_personalize_starts_from_another_users_adapter(personalize, tmp_path):
         torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
 
 
-def test_personalize_resumes_to_the_same_adapter_as_the_uninterrupted_run(personalize, tmp_path):
+def test_personalize_resumes_to_the_same_adapter_as_the_uninterrupted_run(personalize, trained_steps, tmp_path):
     flags = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 5)
     flags += ("--max_speed", 1.1, "--num_time_masks", 1, "--per_device_train_batch_size", 2)
     whole = personalize(tmp_path / "whole", *flags)
@@ -92,6 +92,7 @@ def test_personalize_resumes_to_the_same_adapter_as_the_uninterrupted_run(person
     resumed = personalize(tmp_path / "resumed", *flags, "--resume_from_checkpoint", checkpoint)
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert trained_steps == [0, 1, 2, 3, 2, 3]
 
 
 def test_personalize_fine_tunes_the_whole_model_on_request(personalize, small_base, tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
 from recipes.personalize import main
+from recipes.stacked import StackMember, train_stack
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -40,6 +41,11 @@ def assert_close(first: Path, second: Path, *, atol: float) -> None:
         torch.testing.assert_close(after[name], value, atol=atol, rtol=0)
 
 
+def is_close(first: Path, second: Path, *, atol: float) -> bool:
+    before, after = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    return all(torch.allclose(after[name], value, atol=atol, rtol=0) for name, value in before.items())
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -57,9 +63,35 @@ def test_personalize_all_gives_each_speaker_the_adapter_that_a_run_alone_gives(p
         assert_close(personalize(speaker, speaker, flags=flags), together / speaker, atol=1e-4)
 
 
-def test_personalize_all_gives_the_same_adapters_in_stacks_of_one(personalize):
+@pytest.mark.parametrize(
+    "flags",
+    [("--max_speed", 1.2), ("--num_time_masks", 2), ("--max_speed", 1.2, "--cache_variants", 2)],
+    ids=["speed", "masks", "variants"],
+)
+def test_augmented_speech_teaches_a_stack_another_adapter_than_plain_speech(personalize, flags):
+    plain, augmented = personalize("plain", "ann", "ben"), personalize("augmented", "ann", "ben", flags=flags)
+    for speaker in ("ann", "ben"):
+        assert not is_close(plain / speaker, augmented / speaker, atol=1e-3)
+
+
+def test_dropout_teaches_a_stack_another_adapter(personalize):
+    flags = ("--adapter_kind", "mlp", "--adapter_dropout")
+    without, dropped = (personalize(f"p{share}", "ann", "ben", flags=(*flags, share)) for share in (0.0, 0.4))
+    for speaker in ("ann", "ben"):
+        assert not is_close(without / speaker, dropped / speaker, atol=1e-3)
+
+
+def test_personalize_all_gives_the_same_adapters_in_stacks_of_one(personalize, monkeypatch):
+    sizes = []
+
+    def count(model, members, *args, **kwargs):
+        sizes.append(len(members))
+        return train_stack(model, members, *args, **kwargs)
+
+    monkeypatch.setattr("recipes.personalize_many.train_stack", count)
     together = personalize("two", "ann", "ben")
     apart = personalize("one", "ann", "ben", flags=("--speakers_per_stack", 1))
+    assert sizes == [2, 1, 1]
     for speaker in ("ann", "ben"):
         assert_close(apart / speaker, together / speaker, atol=1e-4)
 
@@ -72,12 +104,26 @@ def test_personalize_all_differs_between_speakers_and_from_the_start(personalize
     assert not torch.allclose(ann[last], ben[last], atol=1e-3)
 
 
-def test_personalize_all_stops_each_speaker_early_as_a_run_alone_does(personalize):
+def test_personalize_all_stops_each_speaker_early_as_a_run_alone_does(personalize, trained_steps, monkeypatch):
+    stopped = []
+
+    def finish(member):
+        last = {name: value.clone() for name, value in member.blocks.state_dict().items()}
+        finish_member(member)
+        state = member.blocks.state_dict()
+        stopped.append((member.step, member.num_steps))
+        assert any(not torch.equal(last[name], best) for name, best in member.best_state.items())
+        assert all(torch.equal(state[name], best) for name, best in member.best_state.items())
+
+    finish_member = StackMember.finish
+    monkeypatch.setattr(StackMember, "finish", finish)
     flags = ("--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end", "true",
              "--early_stopping_patience", 1, "--num_train_epochs", 6, "--learning_rate", "0.1")  # fmt: skip
     together = personalize("all", "all", flags=flags)
-    for speaker in ("ann", "ben"):
+    for speaker, (num_steps, num_planned) in zip(("ann", "ben"), stopped, strict=True):
+        trained_steps.clear()
         assert_close(personalize(speaker, speaker, flags=flags), together / speaker, atol=1e-4)
+        assert len(trained_steps) == num_steps < num_planned
 
 
 def test_personalize_all_writes_adapters_that_load_and_a_summary(personalize, small_base):

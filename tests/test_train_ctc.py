@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer
 
 from modeling import DeepSpeech2ForCTC, JamoCTCTokenizer
@@ -34,6 +35,21 @@ def test_train_ctc_goes_on_from_a_checkpoint(run_recipe_main, small_base, small_
     )  # fmt: skip
     before, after = (AutoModelForCTC.from_pretrained(folder) for folder in (small_base, tmp_path / "out"))
     torch.testing.assert_close(before.classifier[1].weight, after.classifier[1].weight, atol=1e-6, rtol=0)
+
+
+def test_train_ctc_resumes_to_the_same_model_as_the_uninterrupted_run(
+    run_recipe_main, small_corpus, trained_steps, tmp_path
+):
+    flags = ("--dataset", small_corpus, "--num_mel_bins", 16, "--hidden_size", 8, "--num_hidden_layers", 1,
+             "--max_steps", 4, "--per_device_train_batch_size", 4, "--save_strategy", "steps", "--save_steps", 2,
+             "--save_total_limit", 5, "--max_speed", 1.1)  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_recipe_main(main, *flags, "--output_dir", whole)
+    run_recipe_main(main, *flags, "--output_dir", resumed, "--resume_from_checkpoint", whole / "checkpoint-2")
+    assert trained_steps == [0, 1, 2, 3, 2, 3]
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def test_train_ctc_writes_korean_in_jamo(run_recipe_main, korean_corpus, tmp_path):

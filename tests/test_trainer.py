@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from data.collators import CTCCollator
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
+from modeling.adapter_blocks import seed_dropout
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, is_adapter_parameter
 from recipes.personal_adapters import HIDDEN_SIZES
 from recipes.trainer import (
@@ -73,10 +74,10 @@ def small(kind: str = "mlp", **settings) -> SpeechAdapterConfig:
     return SpeechAdapterConfig(kind=kind, hidden_sizes=[8], **settings)
 
 
-def load_base(folder: str, *configs: object) -> DeepSpeech2ForCTC:
-    """The tiny base with adapters `a`, `b`, ..., the same each time, all of them active and trainable."""
+def load_base(folder: str, *configs: object, seed: int = 5) -> DeepSpeech2ForCTC:
+    """The tiny base with adapters `a`, `b`, ..., the same for a seed, all of them active and trainable."""
     model = DeepSpeech2ForCTC.from_pretrained(folder)
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     names = ["a", "b"][: len(configs)]
     for name, config in zip(names, configs, strict=True):
         model.add_adapter(config, name)
@@ -93,6 +94,19 @@ def assert_same(left: dict, right: dict) -> None:
     assert left.keys() == right.keys() != set()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert different == []
+
+
+def assert_dropout_acts(model, processor) -> None:
+    """Another seed of the adapters' dropout gives another loss, the same seed the same."""
+    batch = CTCCollator(processor)([NoiseDataset()[index] for index in range(4)])
+    model.train()
+    set_frozen_modules_to_eval(model)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(0)  # LoRA's dropout draws from the global generator
+        seed_dropout(model, seed)
+        losses.append(model(**batch).loss.item())
+    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("kind", HIDDEN_SIZES)
@@ -156,14 +170,16 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("configs", ADAPTERS.values(), ids=ADAPTERS)
-def test_a_resumed_run_equals_the_uninterrupted_one(tiny_base, tiny_processor, tmp_path, configs):
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny_base, tiny_processor, tmp_path, trained_steps, configs):
     settings = {"max_steps": 6, "save_steps": 3, "save_total_limit": None, "save_strategy": "steps"}
     straight = load_base(tiny_base, *configs)
     make_trainer(straight, tmp_path / "straight", tiny_processor, **settings).train()
-    resumed = load_base(tiny_base, *configs)
+    assert_dropout_acts(straight, tiny_processor)
+    resumed = load_base(tiny_base, *configs, seed=6)  # what it starts with comes from the checkpoint
     trainer = make_trainer(resumed, tmp_path / "resumed", tiny_processor, **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
 
+    assert trained_steps == [0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert_same(adapter_tensors(resumed), adapter_tensors(straight))
     optimizers = [
         torch.load(tmp_path / run / "checkpoint-6" / "optimizer.pt")["state"] for run in ("straight", "resumed")
@@ -176,7 +192,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_base, tiny_processor, t
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 @pytest.mark.parametrize("stopped_at", [4, 6])
 def test_a_run_resumed_in_a_later_epoch_sees_what_the_uninterrupted_one_saw(
-    tiny_base, tiny_processor, tmp_path, strategy, stopped_at
+    tiny_base, tiny_processor, tmp_path, trained_steps, strategy, stopped_at
 ):
     settings = {"max_steps": 10, "save_steps": stopped_at, "save_total_limit": None}  # an epoch has 4 steps
     settings |= {"train_sampling_strategy": strategy, "save_strategy": "steps"}
@@ -187,7 +203,9 @@ def test_a_run_resumed_in_a_later_epoch_sees_what_the_uninterrupted_one_saw(
         torch.rand(len(name))  # what a process drew before the training must not matter
         trainer.train(resume_from_checkpoint=checkpoint)
         runs.append(adapter_tensors(model))
+    assert_dropout_acts(model, tiny_processor)
 
+    assert trained_steps == [*range(10), *range(stopped_at, 10)]
     assert_same(*runs)
 
 
