@@ -1,34 +1,140 @@
 """Transcripts: normalised text, the units that a recogniser spells in, and its vocabulary."""
 
+import html
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+
+import regex
+
+from .scripts import APOSTROPHES, INNER, INNER_COLON, fold_final_sigma, fold_language, fold_scripts, parse_language
 
 TEXT_UNITS = ("character", "jamo")
 PAD, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"  # the tokens of Wav2Vec2CTCTokenizer; the pad is the CTC blank
 
-APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u02bc\u2032\uff07`\u00b4"), "'")
-OUTER_APOSTROPHE = re.compile(r"(?<![^\s'])'|'(?![^\s'])")  # one that does not stand between two characters of a word
+OUTER_APOSTROPHE = re.compile(r"(?<![^\s'])'|'(?![^\s'])")  # in transcripts of before
+# Apostrophes that do not stand between two characters of a word, and marks that are left of a symbol or stand on one.
+OUTER = regex.compile(r"''['\p{M}]*|(?<!\S)['\p{M}]+|'['\p{M}]*(?!\S)")
+ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 HANGUL_SYLLABLE = re.compile("[\uac00-\ud7a3]")
 CONJOINING_JAMO = re.compile("[\u1100-\u11ff]+")
 NUM_NAMED = 5  # rows or characters that an error message lists
+# Entry of a tokenizer's configuration: how the transcripts were normalised that its vocabulary was made of.
+TRANSCRIPTS = "transcripts"
+RULES_VERSION = 2  # a folder without the entry has been made by the rules before them
 
 
-def normalize_text(text: str) -> str:
+def normalize_text(text: str, *, language: str | None = None) -> str:
     """
     Returns a transcript as words of lower-case letters, digits and inner apostrophes, one space between words.
 
-    Unicode is composed (NFC). Punctuation and symbols, the hyphen too, part words; invisible format characters are
-    dropped. Applying it twice changes nothing.
+    Unicode is composed (NFC), compatibility forms are folded and HTML entities read. Punctuation and symbols, the
+    hyphen too, part words; what is invisible is dropped, but for joiners where a script needs them. Applying it twice
+    changes nothing.
+
+    Args:
+        text: As somebody wrote it.
+        language: Code of its language, for what Unicode alone cannot tell: Turkish "I", Hawaiian and Uzbek
+            apostrophes, Persian letters typed on an Arabic keyboard, Romanian cedillas, Catalan dots.
+
+    Raises:
+        ValueError: `language` is no code.
 
     Example:
         >>> normalize_text("  Don\u2019t wait\u2014it's 22:30! ")
         "don't wait it's 22 30"
     """
+    language = parse_language(language)
+    text = fold_language(fold_scripts(unescape_entities(text), language), language)
+    text = _find_parting(language).sub(lambda match: match[1] or " ", text)
+    text = fold_final_sigma(OUTER.sub(" ", text))
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def unescape_entities(text: str) -> str:
+    """
+    Returns `text` with HTML's entities read, also where they were escaped twice.
+
+    Example:
+        >>> unescape_entities("&amp;gt; don&#39;t")
+        "> don't"
+    """
+    while (unescaped := ENTITY.sub(lambda match: html.unescape(match[0]), text)) != text:
+        text = unescaped
+    return text
+
+
+def describe_transcripts(language: str | None = None) -> dict[str, str | int | None]:
+    """Returns what a tokenizer notes about its transcripts: the rules of today, and the language they need, if any."""
+    return {"rules": RULES_VERSION, "language": parse_language(language)}
+
+
+def find_language(tokenizer, languages: Sequence[str] | None = None) -> str | None:
+    """
+    Returns the language by which a recogniser's transcripts are normalised: its tokenizer's, else the first given.
+
+    Args:
+        tokenizer: CTC tokenizer.
+        languages: What the user says they are in; the first one counts.
+
+    Raises:
+        ValueError: The tokenizer was saved with a language that is not among `languages`.
+    """
+    saved = (tokenizer.init_kwargs.get(TRANSCRIPTS) or {}).get("language")
+    given = [parse_language(language) for language in languages or ()]
+    if saved and given and saved not in given:
+        raise ValueError(
+            f"`language` must be {saved}, by which the model's transcripts were normalised, got {', '.join(given)}. "
+            "Leave it out or use another model."
+        )
+    return saved or next(iter(given), None)
+
+
+def find_normalizer(tokenizer, languages: Sequence[str] | None = None) -> Callable[[str], str]:
+    """
+    Returns what normalises transcripts for a recogniser, as those were that it was trained on.
+
+    A tokenizer that was saved before there were languages keeps the rules of before for every transcript that its
+    vocabulary can spell by them.
+
+    Args:
+        tokenizer: CTC tokenizer.
+        languages: As for [`find_language`].
+
+    Raises:
+        ValueError: As [`find_language`].
+    """
+    language = find_language(tokenizer, languages)
+    normalize = partial(normalize_text, language=language)
+    if language or tokenizer.init_kwargs.get(TRANSCRIPTS):
+        return normalize
+    spellable, text_unit = {" ", *tokenizer.get_vocab()}, find_text_unit(tokenizer)
+
+    def keep(text: str) -> str:
+        before = _normalize_before(unescape_entities(text))
+        return before if spellable.issuperset(split_text(before, text_unit)) else normalize(text)
+
+    return keep
+
+
+def find_text_unit(tokenizer) -> str:
+    """Returns "jamo" for a tokenizer that spells Hangul syllables, else "character"."""
+    return "jamo" if type(tokenizer).__name__ == "JamoCTCTokenizer" else "character"
+
+
+def _normalize_before(text: str) -> str:
+    """The rules of before: no language, no compatibility forms, format characters dropped everywhere."""
     text = unicodedata.normalize("NFC", text).translate(APOSTROPHES).lower()
     text = "".join(_keep_character(character) for character in text)
-    text = OUTER_APOSTROPHE.sub(" ", text)
-    return unicodedata.normalize("NFC", " ".join(text.split()))
+    return unicodedata.normalize("NFC", " ".join(OUTER_APOSTROPHE.sub(" ", text).split()))
+
+
+@cache
+def _find_parting(language: str | None) -> regex.Pattern:
+    """Matches what parts words, and in its group the marks that belong to one."""
+    inner = INNER + (r"|(?<=\p{L}):(?=\p{L})" if language in INNER_COLON else "")
+    return regex.compile(rf"({inner})|[^\p{{L}}\p{{M}}\p{{N}}'\u200c\u200d]", regex.V1)
 
 
 def split_text(text: str, text_unit: str) -> str:
@@ -142,10 +248,27 @@ def check_characters(
     rows = sorted({number for numbers in unknown.values() for number in numbers})
     raise ValueError(
         f"`{name}` must be spelled with the vocabulary's {len(vocabulary)} tokens, got "
-        f"{_list_first([repr(character) for character in sorted(unknown)])} in {len(rows)} row(s): "
+        f"{name_characters(unknown)} in {len(rows)} row(s): "
         f"{_list_first([str(number) for number in rows])}. "
         "Correct these transcripts, remove the rows, or use a model whose vocabulary has the characters."
     )
+
+
+def name_characters(characters: Iterable[str]) -> str:
+    """
+    Returns characters with their code points, so that invisible ones show; of many the first.
+
+    Example:
+        >>> name_characters(["\u00e9", "\ufe0f"])
+        "'\u00e9' (U+00E9), VARIATION SELECTOR-16 (U+FE0F)"
+    """
+    shown = []
+    for character in sorted(characters):
+        is_visible = character.isprintable() and not unicodedata.combining(character) and character.strip()
+        is_visible = is_visible and not regex.match(r"[\p{M}\p{DI}]", character)
+        name = repr(character) if is_visible else unicodedata.name(character, "unnamed")
+        shown.append(f"{name} (U+{ord(character):04X})")
+    return _list_first(shown)
 
 
 def _keep_character(character: str) -> str:

@@ -18,7 +18,7 @@ from data.text import (
 
 def test_docstring_examples_hold():
     result = doctest.testmod(data.text)
-    assert (result.failed, result.attempted) == (0, 5)
+    assert (result.failed, result.attempted) == (0, 7)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,8 @@ def test_docstring_examples_hold():
         ("\u1100\u1161\u11a8", "\uac01"),
         ("\u0939\u093f\u0902\u0926\u0940!", "\u0939\u093f\u0902\u0926\u0940"),
         ("soft\u00adware \ufeffx", "software x"),
+        ("don&#39;t &gt;&gt; turn&nbsp;on &amp;quot;now", "don't turn on now"),
+        ("AT&T", "at t"),
         ("...", ""),
         ("", ""),
     ],
@@ -103,14 +105,20 @@ def test_find_unknown_characters_counts_rows_from_one():
 def test_check_characters_names_characters_and_rows():
     vocabulary = build_vocabulary(["abc"])
     with pytest.raises(
-        ValueError, match=r"`text of test` must be spelled .* 6 tokens, got 'd', 'e' in 2 row\(s\): 2, 3\."
+        ValueError,
+        match=r"`text of test` must be spelled .* 6 tokens, got 'd' \(U\+0064\), 'e' .* in 2 row\(s\): 2, 3\.",
     ):
         check_characters(["a b", "dad", "cd e"], vocabulary, name="text of test")
 
 
 def test_check_characters_names_the_first_rows_of_many():
-    with pytest.raises(ValueError, match=r"got 'z' in 9 row\(s\): 1, 2, 3, 4, 5 and 4 more\."):
+    with pytest.raises(ValueError, match=r"got 'z' \(U\+007A\) in 9 row\(s\): 1, 2, 3, 4, 5 and 4 more\."):
         check_characters(["z"] * 9, build_vocabulary(["abc"]))
+
+
+def test_invisible_characters_are_named_by_their_code_points():
+    with pytest.raises(ValueError, match=r"got COMBINING DOT ABOVE \(U\+0307\), VARIATION SELECTOR-16 \(U\+FE0F\) in"):
+        check_characters(["\ufe0f\u0307"], build_vocabulary(["abc"]))
 
 
 def test_check_characters_accepts_what_the_vocabulary_spells():
