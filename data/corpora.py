@@ -38,7 +38,6 @@ DEFAULT_SPLIT = "train"  # of rows that name none
 # not decode; a finished table is cast without.
 UNDECODED_AUDIO = {"path": Value("string"), "bytes": Value("binary")}
 NUM_TYPED_ROWS = 100  # rows whose values tell a streamed manifest's column types
-NUM_NAMED = 10  # speakers that an error message lists
 
 
 def load_corpus(
@@ -91,37 +90,6 @@ def load_corpus(
         lambda: iter(rows), features=_infer_features(rows, dataset), fingerprint=_hash_rows(rows)
     )
     return corpus.cast_column("audio", Audio(decode=False))
-
-
-def select_speakers(corpus: Dataset, speaker_ids: Sequence[str], *, exclude: bool = False) -> Dataset:
-    """
-    Returns the rows of some speakers, or of all the others.
-
-    Args:
-        corpus: Dataset with a column `speaker_id`.
-        speaker_ids: Speakers, each with at least one row.
-        exclude: Takes the others' rows.
-
-    Raises:
-        ValueError: There is no column `speaker_id`, no row of a speaker, or no row left.
-    """
-    _check_columns(["speaker_id"], corpus.column_names, "the corpus")
-    row_speakers = corpus["speaker_id"][:]
-    known = sorted(set(row_speakers))
-    shown = ", ".join(known[:NUM_NAMED]) + (", ..." if len(known) > NUM_NAMED else "")
-    for speaker_id in speaker_ids:
-        if speaker_id not in known:
-            raise ValueError(
-                f"`speaker_id` must be one of the {len(known)} speakers with data here ({shown}), got {speaker_id!r}: "
-                "there is no data for this speaker. Correct the name, or record and add the speaker."
-            )
-    rows = [index for index, speaker in enumerate(row_speakers) if (speaker in speaker_ids) != exclude]
-    if not rows:
-        raise ValueError(
-            f"`speaker_ids` must leave some of the {len(known)} speakers ({shown}), got {list(speaker_ids)} "
-            f"{'excluded' if exclude else 'selected'}: no data is left. Name other speakers."
-        )
-    return corpus.select(rows)
 
 
 def take_seconds(corpus: Dataset, max_seconds: float, *, seed: int) -> Dataset:

@@ -17,8 +17,9 @@ from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from data.asr import UtteranceDataset, decode_clips
-from data.corpora import load_corpus, select_speakers
+from data.corpora import load_corpus
 from data.metrics import format_score_table
+from data.speakers import select_speakers
 from modeling.adapters import adapters_off
 from modeling.files import write_whole
 from recipes.arguments import parse_arguments

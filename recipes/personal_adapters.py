@@ -9,7 +9,8 @@ from transformers.utils import CONFIG_NAME
 
 from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
-from data.corpora import load_corpus, select_speakers, take_seconds
+from data.corpora import load_corpus, take_seconds
+from data.speakers import select_speakers, share_speakers
 from modeling import SpeechAdapterConfig
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, save_adapter
 from recipes.arguments import CorpusArguments
@@ -193,10 +194,17 @@ class SpeakerLoader:
         self.join = {"processor": processor, "concatenate": corpus_args.concatenate, "seed": seed}
 
     def find_speakers(self) -> list[str]:
-        """Returns the speakers that the arguments name, or all that have speech to train and to evaluate on."""
+        """
+        Returns the speakers that the arguments name, or all that have speech to train and to evaluate on.
+
+        Raises:
+            ValueError: A named speaker is not in both splits, or no speaker is.
+        """
         if self.arguments.speaker_id != [ALL_SPEAKERS]:
-            return self.arguments.speaker_id
-        return sorted(set(self.train_corpus["speaker_id"]) & set(self.eval_corpus["speaker_id"]))
+            for corpus in (self.train_corpus, self.eval_corpus):
+                select_speakers(corpus, self.arguments.speaker_id)
+            return list(dict.fromkeys(self.arguments.speaker_id))
+        return share_speakers(self.train_corpus, self.eval_corpus)
 
     def load(self, speaker_id: str) -> SpeakerData:
         """

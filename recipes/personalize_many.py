@@ -1,7 +1,8 @@
 """Adapters of many speakers in one run: stacks of them train together, processes share the speakers."""
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,11 +15,12 @@ from transformers import AutoModelForCTC, AutoProcessor, PreTrainedModel, Proces
 from transformers.trainer_utils import IntervalStrategy
 
 from data.augmentation import Augmentation
-from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off, check_adapter_name
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off
 from recipes.arguments import CorpusArguments
 from recipes.cached_training import CacheArguments, FrozenPart
 from recipes.card import CardArguments
 from recipes.personal_adapters import (
+    ALL_SPEAKERS,
     MAX_TRAINABLE_SHARE,
     PersonalArguments,
     PersonalTrainingArguments,
@@ -33,8 +35,11 @@ from recipes.personal_adapters import (
     score_datasets,
 )
 from recipes.report import draw_before_after, format_table, write_results
+from recipes.speaker_folders import name_folders
 from recipes.stacked import StackMember, check_stackable, find_blocks, train_stack
 from recipes.trainer import AdapterTrainer, check_trainable
+
+logger = logging.getLogger(__name__)
 
 # Pairs of bars that fit a picture.
 MAX_DRAWN = 24
@@ -58,16 +63,21 @@ def check_many(personal_args: PersonalArguments, training_args: PersonalTraining
     check_stackable(training_args)
 
 
-def list_unfinished(speakers: Sequence[str], output_dir: str, *, is_resumed: bool) -> list[str]:
+def list_unfinished(folders: Mapping[str, str], output_dir: str, *, is_resumed: bool) -> list[str]:
     """
     Returns the speakers without an adapter in `output_dir`.
 
+    Args:
+        folders: The name of each speaker's folder there.
+        output_dir: The run's folder.
+        is_resumed: Whether there may be adapters already.
+
     Raises:
-        ValueError: A speaker's name may not be a folder's, or has an adapter there and the run is not resumed.
+        ValueError: A speaker has an adapter there and the run is not resumed.
     """
     unfinished = []
-    for speaker in speakers:
-        folder = Path(output_dir) / check_adapter_name(speaker)
+    for speaker, name in folders.items():
+        folder = Path(output_dir) / name
         check_output_dir(str(folder), is_resumed=is_resumed)
         if not (folder / ADAPTER_WEIGHTS_NAME).exists():
             unfinished.append(speaker)
@@ -101,20 +111,36 @@ class StackRunner:
         model: The base.
         processor: Of the base.
         loader: Gives the speakers' utterances.
+        folders: The name of each speaker's folder.
         arguments: Of the recipe, by type.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, loader: SpeakerLoader, arguments: dict):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        loader: SpeakerLoader,
+        folders: Mapping[str, str],
+        arguments: dict,
+    ):
         self.model, self.processor, self.loader, self.arguments = model, processor, loader, arguments
+        self.folders = folders
         self.training_args: PersonalTrainingArguments = arguments[PersonalTrainingArguments]
         self.score = partial(
             score_datasets, model, processor, batch_size=self.training_args.per_device_eval_batch_size
         )
 
     def run(self, speakers: Sequence[str]) -> list[dict]:
-        """Returns the results of each speaker, in order; their adapters are on disk then and no more in memory."""
+        """
+        Returns the results of each speaker, in order; their adapters are on disk then and no more in memory.
+
+        Of all speakers of a corpus, those whose data cannot be used are left out, with a warning.
+        """
         start = time.perf_counter()
-        datas = [self.loader.load(speaker) for speaker in speakers]
+        datas = self._load(speakers)
+        if not datas:
+            return []
+        speakers = [data.speaker_id for data in datas]
         with adapters_off(self.model):
             before = [self.score(data.evaluation) for data in datas]
         names = [f"speaker_{number}" for number in range(len(speakers))]
@@ -128,6 +154,17 @@ class StackRunner:
             self.model.delete_adapter(name)
         print(f"{len(speakers)} adapters in {time.perf_counter() - start:.0f} s: {', '.join(speakers)}", flush=True)
         return results
+
+    def _load(self, speakers: Sequence[str]) -> list[SpeakerData]:
+        datas = []
+        for speaker in speakers:
+            try:
+                datas.append(self.loader.load(speaker))
+            except ValueError as error:
+                if self.arguments[PersonalArguments].speaker_id != [ALL_SPEAKERS]:
+                    raise
+                logger.warning("Speaker %r is left out: %s", speaker, error)
+        return datas
 
     def _train(self, names: Sequence[str], datas: Sequence[SpeakerData]) -> None:
         personal_args = self.arguments[PersonalArguments]
@@ -163,7 +200,8 @@ class StackRunner:
             None,
             data.train.seconds,
         )
-        folder = Path(self.training_args.output_dir) / data.speaker_id
+        results["folder"] = self.folders[data.speaker_id]
+        folder = Path(self.training_args.output_dir) / results["folder"]
         save_outcome(
             self.model, self.processor, self.arguments[PersonalArguments], subject, folder, results, adapter_name=name
         )
@@ -205,12 +243,14 @@ def personalize_many(
     training_args: PersonalTrainingArguments,
 ) -> None:
     """
-    Trains an adapter for each speaker into a folder of the speaker's name, and writes their results together.
+    Trains an adapter for each speaker into a folder of its own, and writes their results together.
+
+    The folder has the speaker's name where that may be a folder's; `eval_results.json` names all of them.
 
     With `resume_from_checkpoint`, speakers that have an adapter are left as they are.
 
     Raises:
-        ValueError: A speaker's name cannot be a folder's, or the arguments make sense for one speaker only.
+        ValueError: A speaker or everybody lacks data, or the arguments make sense for one speaker only.
     """
     check_many(personal_args, training_args)
     set_seed(training_args.seed)
@@ -225,16 +265,19 @@ def personalize_many(
     with state.local_main_process_first():
         loader = SpeakerLoader(personal_args, corpus_args, augmentation, processor, **options)
     is_resumed = bool(training_args.resume_from_checkpoint)
-    speakers = list_unfinished(loader.find_speakers(), training_args.output_dir, is_resumed=is_resumed)
+    folders = name_folders(loader.find_speakers())
+    speakers = list_unfinished(folders, training_args.output_dir, is_resumed=is_resumed)
 
     # Train, evaluate and save
     arguments = (personal_args, corpus_args, cache_args, card_args, training_args)
-    runner = StackRunner(model, processor, loader, {type(argument): argument for argument in arguments})
+    runner = StackRunner(model, processor, loader, folders, {type(argument): argument for argument in arguments})
     rows: list[dict] = []
     with state.split_between_processes(speakers) as own:
         for stack in split_stacks(own, personal_args.speakers_per_stack):
             rows += runner.run(stack)
     rows = sorted(gather_object(rows), key=lambda row: row["speaker_id"])
+    if speakers and not rows:
+        raise ValueError("`speaker_id` all must find a speaker whose data can be used, got none: see the warnings.")
     if not state.is_main_process or not rows:
         return
     write_results(training_args.output_dir, summarize(rows))

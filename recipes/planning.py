@@ -11,8 +11,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from data.audio import audio_seconds
-from data.corpora import load_corpus, select_speakers
+from data.corpora import load_corpus
 from data.domain import select_domain
+from data.speakers import select_speakers
 from modeling.adapters import SpeechAdapterLayer, is_adapter_parameter
 from modeling.frozen_prefix import FrozenPrefix
 from recipes.personal_adapters import ALL_SPEAKERS

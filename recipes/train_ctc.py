@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTC
 from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
 from data.collators import CTCCollator
-from data.corpora import load_corpus, select_speakers
+from data.corpora import load_corpus
+from data.speakers import select_speakers
 from data.streaming import stream_utterances
 from data.text import TEXT_UNITS, build_vocabulary, normalize_text
 from modeling import (

@@ -9,7 +9,8 @@ import soundfile
 from datasets import Audio, Dataset
 
 from data.audio import SAMPLING_RATE
-from data.corpora import load_corpus, select_speakers, take_seconds
+from data.corpora import load_corpus, take_seconds
+from data.speakers import select_speakers
 
 SECONDS = {"a": 0.5, "b": 1.0, "c": 1.5, "d": 2.0}  # of the recordings in `corpus`
 
@@ -54,6 +55,14 @@ def test_select_speakers_refuses_to_leave_nobody(corpus):
 def test_select_speakers_refuses_an_empty_choice(corpus):
     with pytest.raises(ValueError, match=r"got \[\] selected: no data is left"):
         select_speakers(corpus, [])
+
+
+def test_select_speakers_finds_an_accent_that_is_composed_elsewhere(corpus):
+    decomposed = ["Jose\u0301", "Jose\u0301", "ann", None]
+    corpus = corpus.remove_columns("speaker_id").add_column("speaker_id", decomposed)
+    assert select_speakers(corpus, ["Jos\u00e9"])["text"][:] == ["go on", "stop"]
+    both = corpus.remove_columns("speaker_id").add_column("speaker_id", ["Jose\u0301", "Jos\u00e9", "ann", "ann"])
+    assert select_speakers(both, ["Jos\u00e9"])["text"][:] == ["stop"]
 
 
 def test_select_speakers_names_the_missing_column(corpus):

@@ -1,13 +1,17 @@
 """Many speakers in one run: every adapter is the one that its speaker would get alone."""
 
+import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC
@@ -174,10 +178,72 @@ def test_personalize_all_refuses_what_makes_sense_for_one_speaker_only(personali
     assert not (tmp_path / "out").exists()
 
 
-def test_personalize_all_refuses_a_speaker_whose_name_is_a_path(personalize, tmp_path):
-    with pytest.raises(ValueError, match=r"`adapter_name` must be .*got '\.\./ann'"):
-        personalize("out", "../ann", "ben")
-    assert not (tmp_path / "ann").exists()
+def rename_speakers(corpus: Path, folder: Path, names: dict[str, str], *, keep=bool) -> Path:
+    """Copies a corpus under other names of its speakers, with the rows that `keep` wants."""
+    shutil.copytree(corpus, folder)
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row | {"speaker_id": names[row["speaker_id"]]} for row in csv.DictReader(file) if keep(row)]
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def test_personalize_all_trains_any_id_into_a_folder_of_its_own(personalize, small_corpus, tmp_path):
+    names = {"ann": "../x", "ben": "\u0928\u0940\u0924\u093e"}
+    corpus = rename_speakers(small_corpus, tmp_path / "renamed", names)
+    together = personalize("all", "all", flags=("--dataset", corpus))
+    rows = json.loads((together / "eval_results.json").read_text())["speakers"]
+    assert {row["speaker_id"] for row in rows} == set(names.values())
+    assert {path.name for path in together.iterdir() if path.is_dir()} == {row["folder"] for row in rows}
+    for row in rows:
+        assert (
+            json.loads((together / row["folder"] / "eval_results.json").read_text())["speaker_id"] == row["speaker_id"]
+        )
+        assert (together / row["folder"] / WEIGHTS).is_file()
+    assert not (tmp_path / "x").exists()
+
+
+def test_personalize_all_names_the_speakers_that_it_leaves_out(personalize, small_corpus, tmp_path, caplog):
+    names = {"ann": "ann", "ben": "ben"}
+    corpus = rename_speakers(
+        small_corpus, tmp_path / "part", names, keep=lambda row: (row["speaker_id"], row["split"]) != ("ben", "test")
+    )
+    together = personalize("all", "all", flags=("--dataset", corpus))
+    assert "1 of 2 speakers are left out: nothing to evaluate on for ben." in caplog.text
+    assert [path.name for path in together.iterdir() if path.is_dir()] == ["ann"]
+
+
+def test_personalize_all_refuses_a_corpus_whose_splits_share_no_speaker(personalize, small_corpus, tmp_path):
+    corpus = rename_speakers(
+        small_corpus, tmp_path / "apart", {"ann": "ann", "ben": "ben"},
+        keep=lambda row: (row["speaker_id"] == "ann") == (row["split"] == "train"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="got none of 2: nothing to evaluate on for ann; nothing to train on for ben"):
+        personalize("all", "all", flags=("--dataset", corpus))
+    assert not (tmp_path / "all").exists()
+
+
+def test_personalize_all_leaves_out_a_speaker_whose_recordings_cannot_be_used(
+    personalize, small_corpus, tmp_path, caplog
+):
+    corpus = rename_speakers(small_corpus, tmp_path / "silent", {"ann": "ann", "ben": "ben"})
+    for path in corpus.glob("ben_*.wav"):
+        soundfile.write(path, np.zeros(16_000), 16_000)
+    together = personalize("all", "all", flags=("--dataset", corpus))
+    assert "Speaker 'ben' is left out: 6 of 6 recordings cannot be used" in caplog.text
+    assert [path.name for path in together.iterdir() if path.is_dir()] == ["ann"]
+    for path in corpus.glob("ann_*.wav"):
+        soundfile.write(path, np.zeros(16_000), 16_000)
+    with pytest.raises(ValueError, match="`speaker_id` all must find a speaker whose data can be used, got none"):
+        personalize("none", "all", flags=("--dataset", corpus))
+
+
+def test_personalize_refuses_an_unknown_speaker_among_several_before_it_trains(personalize, tmp_path):
+    with pytest.raises(ValueError, match=r"`speaker_id` must be one of the 2 speakers .*, got '\.\./ann'"):
+        personalize("out", "ann", "../ann")
+    assert not (tmp_path / "out").exists()
 
 
 def test_personalize_refuses_patience_without_the_best_model(personalize):

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data.asr import UtteranceDataset, decode_clips
-from data.corpora import load_corpus, select_speakers, take_seconds
+from data.corpora import load_corpus, take_seconds
+from data.speakers import select_speakers
 from recipes.personalize import main as personalize_main
 from recipes.train_ctc import main as train_ctc_main
 
