@@ -12,7 +12,8 @@ from .audio import AudioError, read_audio
 from .augmentation import Augmentation
 from .code_digest import map_versioned
 from .left_out import report_left_out
-from .text import check_characters, normalize_text
+from .spelling import MAX_CLIP_SECONDS, drop_long, note_language, note_unspelled, select_spelled, warn_of_silence
+from .text import find_normalizer, find_text_unit
 
 # Clips whose samples are read at a time to digest them: 10 MB for clips of 10 s.
 NUM_DIGESTED = 16
@@ -20,7 +21,14 @@ CLIP_FEATURES = Features({"samples": List(Value("float32")), "num_samples": Valu
 
 
 def decode_clips(
-    corpus: Dataset, processor, *, samples_per_logit: int, max_speed: float = 1.0, is_joined: bool = False
+    corpus: Dataset,
+    processor,
+    *,
+    samples_per_logit: int,
+    max_speed: float = 1.0,
+    is_joined: bool = False,
+    is_evaluation: bool = False,
+    max_clip_seconds: float = MAX_CLIP_SECONDS,
 ) -> Dataset:
     """
     Reads and checks every clip of `corpus` once; the result is cached by the fingerprint of corpus and settings.
@@ -31,6 +39,9 @@ def decode_clips(
         samples_per_logit: Samples of audio a frame of logits (`config.inputs_to_logits_ratio`).
         max_speed: Fastest speed perturbation that the clips must still be long enough for.
         is_joined: Whether clips will be joined, so that each needs a frame more, for the space between words.
+        is_evaluation: Whether the transcripts are references, which may hold what the model cannot write, and clips
+            of any duration.
+        max_clip_seconds: Longest clip to train on.
 
     Returns:
         Columns `name`, `speaker_id`, `text` (normalised), `labels` and `samples` `(samples,)`.
@@ -38,17 +49,32 @@ def decode_clips(
     Raises:
         AudioError: More than 5 % of the clips are unreadable, empty, silent or too short. Fewer of them are dropped,
             counted and named in a warning.
-        ValueError: A transcript has characters outside the vocabulary, or more than 5 % of the transcripts need more
-            frames than their audio has. Fewer of them are dropped, counted and named in a warning.
+        ValueError: More than 5 % of the transcripts need more frames than their audio has or, for training, have no
+            word or characters outside the vocabulary, or more than 5 % of the clips are too long. Fewer of them are
+            dropped, counted and named in a warning. No reference has a word.
     """
-    tokenizer = processor.tokenizer
-    texts = [normalize_text(text) for text in corpus["text"]]
-    check_characters(texts, tokenizer.get_vocab(), text_unit=find_text_unit(tokenizer), name="text")
+    tokenizer, sampling_rate = processor.tokenizer, processor.feature_extractor.sampling_rate
+    texts = list(map(find_normalizer(tokenizer), corpus["text"]))
+    note_language(corpus["text"], tokenizer)
+    if is_evaluation:
+        note_unspelled(texts, tokenizer)
+    else:
+        kept = select_spelled(texts, name_rows(corpus), tokenizer)
+        if len(kept) < len(texts):
+            corpus, texts = corpus.select(kept), [texts[row] for row in kept]
     speakers = corpus["speaker_id"][:] if "speaker_id" in corpus.column_names else [""] * len(corpus)
     speakers = [speaker or "" for speaker in speakers]
     columns = {"speaker_id": speakers, "text": texts, "labels": tokenizer(texts).input_ids}
-    table = read_clips(corpus, columns, sampling_rate=processor.feature_extractor.sampling_rate)
+    table = read_clips(corpus, columns, sampling_rate=sampling_rate)
+    if not is_evaluation:
+        table = drop_long(table, max_seconds=max_clip_seconds, sampling_rate=sampling_rate)
+    warn_of_silence(table, sampling_rate=sampling_rate)
     return drop_infeasible(table, samples_per_logit=samples_per_logit, max_speed=max_speed, is_joined=is_joined)
+
+
+def name_rows(corpus: Dataset) -> list[str]:
+    """Returns what messages call the rows of a corpus: their recordings' paths, or their numbers from 1."""
+    return [clip["path"] or f"row {row}" for row, clip in enumerate(corpus["audio"], start=1)]
 
 
 def read_clips(corpus: Dataset, columns: Mapping[str, Sequence], *, sampling_rate: int) -> Dataset:
@@ -67,7 +93,7 @@ def read_clips(corpus: Dataset, columns: Mapping[str, Sequence], *, sampling_rat
         AudioError: More than 5 % of the recordings are unreadable, empty, silent or too short. Fewer of them are left
             out, counted and named in a warning.
     """
-    names = [clip["path"] or f"row {row}" for row, clip in enumerate(corpus["audio"], start=1)]
+    names = name_rows(corpus)
     table = map_versioned(
         corpus.select_columns(["audio"]),
         read_clip,
@@ -106,11 +132,6 @@ def digest_samples(clips: Dataset) -> str:
         for chunk in table["samples"].chunks:
             digest.update(chunk.flatten().to_numpy())
     return digest.hexdigest()
-
-
-def find_text_unit(tokenizer) -> str:
-    """Returns "jamo" for a tokenizer that spells Hangul syllables, else "character"."""
-    return "jamo" if type(tokenizer).__name__ == "JamoCTCTokenizer" else "character"
 
 
 def count_ctc_frames(labels: Sequence[int]) -> int:
@@ -290,5 +311,6 @@ __all__ = [
     "count_ctc_frames",
     "decode_clips",
     "drop_infeasible",
+    "find_text_unit",
     "join_clips",
 ]

@@ -3,10 +3,11 @@
 import numpy as np
 from datasets import IterableDataset
 
-from .asr import count_ctc_frames, find_text_unit, read_clip
+from .asr import count_ctc_frames, read_clip
 from .augmentation import Augmentation
 from .left_out import StreamedRows
-from .text import check_characters, normalize_text
+from .spelling import MAX_CLIP_SECONDS, find_faults
+from .text import find_normalizer
 
 
 def stream_utterances(
@@ -15,6 +16,7 @@ def stream_utterances(
     *,
     samples_per_logit: int,
     augmentation: Augmentation | None = None,
+    max_clip_seconds: float = MAX_CLIP_SECONDS,
     seed: int = 0,
 ) -> IterableDataset:
     """
@@ -25,28 +27,36 @@ def stream_utterances(
         processor: Feature extractor and CTC tokenizer of the model.
         samples_per_logit: Samples of audio a frame of logits.
         augmentation: For training; drawn by seed and row, the same in every epoch.
+        max_clip_seconds: Longest clip to train on.
         seed: Of everything drawn.
 
     Returns:
-        `input_features` `(frames, mel)` and `labels` `(tokens,)`. Rows whose recording is unreadable, empty, silent or
-        too short, also for the transcript, are left out, each with a warning.
+        `input_features` `(frames, mel)` and `labels` `(tokens,)`. Rows whose recording is unreadable, empty, silent,
+        too long or too short, also for the transcript, or whose transcript has no word or characters outside the
+        vocabulary, are left out, each with a warning.
 
     Raises:
-        ValueError: While iterating, at a transcript with characters outside the vocabulary, or where more than 5 % of
-            the rows are left out.
+        ValueError: While iterating, where more than 5 % of the rows are left out.
     """
     extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+    normalize, max_samples = find_normalizer(tokenizer), max_clip_seconds * extractor.sampling_rate
     augmentation = augmentation or Augmentation()
     rows = StreamedRows(what="streamed recordings cannot be used", remedy="Correct them or remove the rows.")
+
+    def find_fault(name: str, text: str, clip: dict) -> str | None:
+        """What keeps a clip as it was recorded from being trained on."""
+        if spelling := find_faults([text], tokenizer).get(0):
+            return f"{name}: `text` has {spelling}" + (" outside the vocabulary" if text else "")
+        too_long = f"{name}: {clip['num_samples'] / extractor.sampling_rate:.1f} s, more than `max_clip_seconds`"
+        return clip["fault"] or (too_long if clip["num_samples"] > max_samples else None)
 
     def encode(row: dict, index: int) -> dict:
         generator = np.random.default_rng([seed, index])
         name = row["audio"]["path"] or f"row {index + 1}"
-        text = normalize_text(row["text"])
-        check_characters([text], tokenizer.get_vocab(), text_unit=find_text_unit(tokenizer), name=f"text of {name}")
+        text = normalize(row["text"])
         clip, labels = read_clip(row, sampling_rate=extractor.sampling_rate), tokenizer(text).input_ids
-        if clip["fault"]:
-            rows.note(clip["fault"])
+        if fault := find_fault(name, text, clip):
+            rows.note(fault)
             return {"input_features": [], "labels": labels, "is_usable": False}
         samples = augmentation.change_speed(clip["samples"], generator)
         needed, there = count_ctc_frames(labels), len(samples) // samples_per_logit + 1

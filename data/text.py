@@ -70,44 +70,42 @@ def describe_transcripts(language: str | None = None) -> dict[str, str | int | N
     return {"rules": RULES_VERSION, "language": parse_language(language)}
 
 
-def find_language(tokenizer, languages: Sequence[str] | None = None) -> str | None:
+def find_language(tokenizer) -> str | None:
+    """Returns the language by which a recogniser's transcripts are normalised, if its tokenizer names one."""
+    return (tokenizer.init_kwargs.get(TRANSCRIPTS) or {}).get("language")
+
+
+def set_language(tokenizer, languages: Sequence[str] | None) -> None:
     """
-    Returns the language by which a recogniser's transcripts are normalised: its tokenizer's, else the first given.
+    Notes the language of a recogniser's transcripts in its tokenizer, which saves it.
 
     Args:
         tokenizer: CTC tokenizer.
-        languages: What the user says they are in; the first one counts.
+        languages: What the user says they are in; the first one counts. None leaves the tokenizer as it is.
 
     Raises:
-        ValueError: The tokenizer was saved with a language that is not among `languages`.
+        ValueError: One is no language code, or the tokenizer was saved with a language that is not among them.
     """
-    saved = (tokenizer.init_kwargs.get(TRANSCRIPTS) or {}).get("language")
-    given = [parse_language(language) for language in languages or ()]
-    if saved and given and saved not in given:
+    if not languages:
+        return
+    saved, given = find_language(tokenizer), [parse_language(language) for language in languages]
+    if saved and saved not in given:
         raise ValueError(
             f"`language` must be {saved}, by which the model's transcripts were normalised, got {', '.join(given)}. "
             "Leave it out or use another model."
         )
-    return saved or next(iter(given), None)
+    tokenizer.init_kwargs[TRANSCRIPTS] = describe_transcripts(saved or given[0])
 
 
-def find_normalizer(tokenizer, languages: Sequence[str] | None = None) -> Callable[[str], str]:
+def find_normalizer(tokenizer) -> Callable[[str], str]:
     """
     Returns what normalises transcripts for a recogniser, as those were that it was trained on.
 
-    A tokenizer that was saved before there were languages keeps the rules of before for every transcript that its
+    A tokenizer that was saved before it could name its rules keeps those of before for every transcript that its
     vocabulary can spell by them.
-
-    Args:
-        tokenizer: CTC tokenizer.
-        languages: As for [`find_language`].
-
-    Raises:
-        ValueError: As [`find_language`].
     """
-    language = find_language(tokenizer, languages)
-    normalize = partial(normalize_text, language=language)
-    if language or tokenizer.init_kwargs.get(TRANSCRIPTS):
+    normalize = partial(normalize_text, language=find_language(tokenizer))
+    if tokenizer.init_kwargs.get(TRANSCRIPTS):
         return normalize
     spellable, text_unit = {" ", *tokenizer.get_vocab()}, find_text_unit(tokenizer)
 
@@ -225,33 +223,6 @@ def find_unknown_characters(
         for character in sorted(set(split_text(text, text_unit)) - {" "} - vocabulary.keys()):
             rows.setdefault(character, []).append(number)
     return rows
-
-
-def check_characters(
-    texts: Iterable[str], vocabulary: Mapping[str, int], *, text_unit: str = "character", name: str = "text"
-) -> None:
-    """
-    Checks that a vocabulary can spell every transcript.
-
-    Args:
-        texts: Normalised transcripts, one a row.
-        vocabulary: Token to id.
-        text_unit: "character" or "jamo".
-        name: What the error calls the transcripts: the column, or column and split.
-
-    Raises:
-        ValueError: A character is not in the vocabulary; names the characters, the number of rows, and the first rows.
-    """
-    unknown = find_unknown_characters(texts, vocabulary, text_unit=text_unit)
-    if not unknown:
-        return
-    rows = sorted({number for numbers in unknown.values() for number in numbers})
-    raise ValueError(
-        f"`{name}` must be spelled with the vocabulary's {len(vocabulary)} tokens, got "
-        f"{name_characters(unknown)} in {len(rows)} row(s): "
-        f"{_list_first([str(number) for number in rows])}. "
-        "Correct these transcripts, remove the rows, or use a model whose vocabulary has the characters."
-    )
 
 
 def name_characters(characters: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from data.text import (
     find_language,
     find_normalizer,
     normalize_text,
+    set_language,
 )
 from modeling import DeepSpeech2FeatureExtractor, DeepSpeech2Processor, JamoCTCTokenizer
 
@@ -179,13 +180,15 @@ def test_the_language_travels_with_the_processor(tokenizer_class, tmp_path):
     ):
         assert find_language(loaded) == "tr"
         assert find_normalizer(loaded)("ISI") == "ısı"
-        assert find_normalizer(loaded, ["en", "tr"])("ISI") == "ısı"
 
 
 def test_another_language_than_the_model_s_is_refused(tmp_path):
     tokenizer = make_tokenizer(tmp_path, ["ısı"], transcripts=describe_transcripts("tr"))
+    set_language(tokenizer, ["en", "tr"])
+    set_language(tokenizer, None)
     with pytest.raises(ValueError, match="`language` must be tr, by which the model's transcripts .* got en, ko"):
-        find_normalizer(tokenizer, ["en", "ko"])
+        set_language(tokenizer, ["en", "ko"])
+    assert find_language(tokenizer) == "tr"
 
 
 def test_a_folder_of_before_keeps_its_rules_where_its_vocabulary_needs_them(tmp_path):
@@ -201,8 +204,10 @@ def test_a_folder_of_before_takes_the_rules_of_today_where_its_own_fail(tmp_path
     normalize = find_normalizer(make_tokenizer(tmp_path, ["i you turn on gt"]))
     texts = ["I ❤\ufe0f you", "ＴＵＲＮ ＯＮ", "&gt;&gt; turn"]
     assert [normalize(text) for text in texts] == ["i you", "turn on", "turn"]
-    assert find_normalizer(make_tokenizer(tmp_path, ["ısı isi"]), ["tr"])("ISI") == "ısı"
-    assert find_normalizer(make_tokenizer(tmp_path, ["ısı isi"]))("ISI") == "isi"
+    turkish = make_tokenizer(tmp_path, ["ısı isi"])
+    assert find_normalizer(turkish)("ISI") == "isi"
+    set_language(turkish, ["tr", "en"])
+    assert find_normalizer(turkish)("ISI") == "ısı"
 
 
 def test_joiners_and_inner_marks_survive_the_tokenizer(tmp_path):

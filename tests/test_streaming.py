@@ -47,9 +47,13 @@ def test_streamed_utterances_leave_a_silent_recording_out(tmp_path, tiny_process
     assert "silent.wav` must hold sound" in caplog.text
 
 
-def test_streamed_utterances_name_the_file_with_unknown_characters(tmp_path, tiny_processor):
+def test_streamed_utterances_leave_out_what_cannot_be_learnt(tmp_path, tiny_processor, caplog):
     soundfile.write(tmp_path / "a.wav", 0.1 * np.sin(np.arange(16_000) / 5), 16_000)
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,sieben größer\n")
+    soundfile.write(tmp_path / "long.wav", 0.1 * np.sin(np.arange(32_000) / 5), 16_000)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,größer\na.wav,...\nlong.wav,b\na.wav,c\n")
     corpus = load_corpus(str(tmp_path), streaming=True)
-    with pytest.raises(ValueError, match=r"text of .*a\.wav"):
-        list(stream_utterances(corpus, tiny_processor, samples_per_logit=320))
+    examples = list(stream_utterances(corpus, tiny_processor, samples_per_logit=320, max_clip_seconds=1.5))
+    assert [example["labels"] for example in examples] == [tiny_processor.tokenizer("c").input_ids]
+    assert "a.wav: `text` has 'ß' (U+00DF), 'ö' (U+00F6) outside the vocabulary. It is left out." in caplog.text
+    assert "a.wav: `text` has no word. It is left out." in caplog.text
+    assert "long.wav: 2.0 s, more than `max_clip_seconds`. It is left out." in caplog.text

@@ -8,9 +8,9 @@ import pytest
 import data.text
 from data.text import (
     build_vocabulary,
-    check_characters,
     find_unknown_characters,
     join_text,
+    name_characters,
     normalize_text,
     split_text,
 )
@@ -102,24 +102,10 @@ def test_find_unknown_characters_counts_rows_from_one():
     assert find_unknown_characters(["a b", "dad", "cd e"], vocabulary) == {"d": [2, 3], "e": [3]}
 
 
-def test_check_characters_names_characters_and_rows():
-    vocabulary = build_vocabulary(["abc"])
-    with pytest.raises(
-        ValueError,
-        match=r"`text of test` must be spelled .* 6 tokens, got 'd' \(U\+0064\), 'e' .* in 2 row\(s\): 2, 3\.",
-    ):
-        check_characters(["a b", "dad", "cd e"], vocabulary, name="text of test")
-
-
-def test_check_characters_names_the_first_rows_of_many():
-    with pytest.raises(ValueError, match=r"got 'z' \(U\+007A\) in 9 row\(s\): 1, 2, 3, 4, 5 and 4 more\."):
-        check_characters(["z"] * 9, build_vocabulary(["abc"]))
-
-
 def test_invisible_characters_are_named_by_their_code_points():
-    with pytest.raises(ValueError, match=r"got COMBINING DOT ABOVE \(U\+0307\), VARIATION SELECTOR-16 \(U\+FE0F\) in"):
-        check_characters(["\ufe0f\u0307"], build_vocabulary(["abc"]))
+    named = "COMBINING DOT ABOVE (U+0307), ZERO WIDTH NON-JOINER (U+200C), VARIATION SELECTOR-16 (U+FE0F)"
+    assert name_characters("\ufe0f\u0307\u200c") == named
 
 
-def test_check_characters_accepts_what_the_vocabulary_spells():
-    check_characters(["cab a"], build_vocabulary(["abc"]))
+def test_many_characters_are_counted_behind_the_first():
+    assert name_characters("gfedcba").endswith("'e' (U+0065) and 2 more")
