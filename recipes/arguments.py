@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from data.annotations import STYLES
 from recipes.processes import choose_device, describe_processes, join_processes
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,14 @@ class CorpusArguments:
         metadata={
             "help": "`synthetic`, a folder with metadata.csv, a manifest (.csv .tsv .jsonl .parquet) or a Hub name."
         }
+    )
+    transcript_style: str = field(
+        default="plain",
+        metadata={
+            "help": "What in a transcript is no speech: nothing (plain), what stands in brackets, or the marks of a "
+            "corpus; kspon takes what was said of KsponSpeech's pairs, kspon_spelling what is written.",
+            "choices": list(STYLES),
+        },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})

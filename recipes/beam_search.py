@@ -3,14 +3,14 @@
 import importlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from data.text import normalize_text
+from data.text import find_normalizer, normalize_text
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class BeamDecoder:
         if beam_size < 1:
             raise ValueError(f"`beam_size` must be at least 1, got {beam_size}. More is slower and finds more.")
         arpa_words = read_arpa_words(ngram) if ngram else []
-        words = read_word_list(word_list) if word_list else arpa_words
+        words = read_word_list(word_list, find_normalizer(tokenizer)) if word_list else arpa_words
         self.blank, self.delimiter = tokenizer.pad_token_id, tokenizer.word_delimiter_token_id
         spellings = spell_words(words, tokenizer, name=str(word_list or ngram))
         search = import_flashlight()
@@ -144,7 +144,7 @@ def build_decoder(arguments: DecodingArguments, tokenizer) -> BeamDecoder | None
     return BeamDecoder(tokenizer, **vars(arguments))
 
 
-def read_word_list(path: str | Path) -> list[str]:
+def read_word_list(path: str | Path, normalize: Callable[[str], str] = normalize_text) -> list[str]:
     """
     Returns the words of a text file, one a line, normalised as transcripts are, each once and in order.
 
@@ -153,7 +153,7 @@ def read_word_list(path: str | Path) -> list[str]:
     """
     words = {}
     for number, line in enumerate(_read_lines(path, "word_list"), start=1):
-        word = normalize_text(line)
+        word = normalize(line)
         if line.strip() and len(word.split()) != 1:
             raise ValueError(f"`word_list` must hold one word a line, got {line!r} in line {number} of {path}.")
         words[word] = None

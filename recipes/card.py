@@ -67,7 +67,10 @@ with torch.inference_mode():
 class CardArguments:
     """What the card says of the data."""
 
-    language: list[str] | None = field(default=None, metadata={"help": "Language codes of the speech, such as en ko."})
+    language: list[str] | None = field(
+        default=None,
+        metadata={"help": "Language codes of the speech, such as en ko; the first one's rules normalise transcripts."},
+    )
     dataset_licence: str | None = field(default=None, metadata={"help": "Licence of the data, such as cc-by-sa-4.0."})
 
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel
 
+from data.annotations import read_transcripts
 from data.corpora import load_corpus
 from data.domain import decode_domain, list_cuts, match_pairs, select_domain, split_long
 from data.domain_utterances import DomainCollator, DomainUtterances, PairedUtterances
@@ -266,7 +267,9 @@ class DomainLoader:
         return self._loaded[key]
 
     def _load_anew(self, split: str, seeds: list[int]) -> list[tuple[Dataset, Dataset]]:
-        arguments, corpus = self.arguments, load_corpus(self.corpus_args.dataset, split=split)
+        arguments, name = self.arguments, f"{self.corpus_args.dataset}, split {split}"
+        corpus = load_corpus(self.corpus_args.dataset, split=split)
+        corpus = read_transcripts(corpus, self.corpus_args.transcript_style, name=name)
         decode = partial(decode_domain, sampling_rate=self.rate, needs_text=not arguments.tower_only)
         list_places = partial(list_cuts, max_samples=self.prompt.max_samples, sampling_rate=self.rate)
         if arguments.simulate_domain:

@@ -46,7 +46,13 @@ processor = AutoProcessor.from_pretrained("{{base}}")
 
 
 def score_answers(
-    model: PreTrainedModel, prompt: Prompt, dataset: DomainUtterances, *, batch_size: int, max_new_tokens: int
+    model: PreTrainedModel,
+    prompt: Prompt,
+    dataset: DomainUtterances,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    language: str | None = None,
 ) -> dict[str, float]:
     """
     Returns the overall scores of what the model says, as in [`score_by_speaker`], of normalised texts.
@@ -57,6 +63,7 @@ def score_answers(
         dataset: The utterances; parts of a long clip are answered one by one and joined.
         batch_size: Clips answered together, sorted by duration.
         max_new_tokens: Most tokens of an answer.
+        language: Code of the speech's language, by which texts are normalised.
     """
     lengths = dataset.lengths
     order = sorted(range(len(dataset)), key=lengths.__getitem__)
@@ -67,10 +74,10 @@ def score_answers(
         chats = [(item["instruction"], [item["samples"]]) for item in items]
         for row, text in zip(rows, answer(model, prompt, chats, max_new_tokens=max_new_tokens), strict=True):
             answers[row] = text
-    references = [normalize_text(text) for text in dataset.references]
+    references = [normalize_text(text, language=language) for text in dataset.references]
     hypotheses = [""] * len(references)
     for row, utterance in enumerate(dataset.utterances):
-        hypotheses[utterance] = f"{hypotheses[utterance]} {normalize_text(answers[row])}".strip()
+        hypotheses[utterance] = f"{hypotheses[utterance]} {normalize_text(answers[row], language=language)}".strip()
     return score_by_speaker(hypotheses, references, [""] * len(references))["overall"]
 
 
@@ -95,6 +102,7 @@ def measure_errors(
     options |= {"language": arguments.prompt_language}
     model, prompt = load_chat(arguments.model_name_or_path, **options)
     score = {"batch_size": batch_size, "max_new_tokens": arguments.max_new_tokens}
+    score["language"] = arguments.prompt_language
     source, target = datasets
 
     def run() -> dict[str, dict[str, float]]:

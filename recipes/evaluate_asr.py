@@ -11,16 +11,19 @@ python recipes/evaluate_asr.py --compare --model_name_or_path BASE --adapter ALI
 import json
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from accelerate import PartialState
 from transformers import ProcessorMixin
 
+from data.annotations import STYLES, read_transcripts
 from data.asr import UtteranceDataset, decode_clips
 from data.corpora import load_corpus
 from data.metrics import format_score_table
 from data.speakers import select_speakers
+from data.text import set_language
 from modeling.adapters import adapters_off
-from modeling.files import write_text
+from modeling.files import write_whole
 from recipes.arguments import parse_arguments
 from recipes.beam_search import DecodingArguments, build_decoder
 from recipes.decoding import evaluate_dataset, load_recognizer
@@ -41,6 +44,12 @@ class EvaluateArguments:
     )
     split: str = field(default="test", metadata={"help": "Split of the dataset."})
     speaker_id: list[str] | None = field(default=None, metadata={"help": "Speakers to evaluate; default: all."})
+    transcript_style: str = field(
+        default="plain", metadata={"help": "What in a transcript is no speech.", "choices": list(STYLES)}
+    )
+    language: list[str] | None = field(
+        default=None, metadata={"help": "Language code of the transcripts, for a base that was saved without one."}
+    )
     concatenate_min: int = field(default=1, metadata={"help": "Fewest clips of a speaker joined to an utterance."})
     concatenate_max: int = field(default=1, metadata={"help": "Most clips of a speaker joined to an utterance."})
     seed: int = field(default=0, metadata={"help": "Draws which clips are joined."})
@@ -53,6 +62,9 @@ class EvaluateArguments:
     base_split: str = field(default="test", metadata={"help": "Split of base_dataset."})
     base_speaker_id: list[str] | None = field(
         default=None, metadata={"help": "Speakers of base_dataset to evaluate; default: all."}
+    )
+    base_transcript_style: str = field(
+        default="plain", metadata={"help": "transcript_style of base_dataset.", "choices": list(STYLES)}
     )
     max_regression: float = field(
         default=0.02, metadata={"help": "Most WER that the adapter may add on base_dataset; 0.02 is two points."}
@@ -73,8 +85,10 @@ def load_utterances(
     corpus = load_corpus(arguments.dataset, split=arguments.split, required_columns=columns)
     if arguments.speaker_id:
         corpus = select_speakers(corpus, arguments.speaker_id)
-    is_joined = arguments.concatenate_max > 1
-    clips = decode_clips(corpus, processor, samples_per_logit=samples_per_logit, is_joined=is_joined)
+    name = f"{arguments.dataset}, split {arguments.split}"
+    corpus = read_transcripts(corpus, arguments.transcript_style, name=name)
+    options = {"is_joined": arguments.concatenate_max > 1, "is_evaluation": True}
+    clips = decode_clips(corpus, processor, samples_per_logit=samples_per_logit, **options)
     concatenate = (arguments.concatenate_min, arguments.concatenate_max)
     return UtteranceDataset(clips, processor, concatenate=concatenate, seed=arguments.seed)
 
@@ -120,7 +134,9 @@ def write_scores(arguments: EvaluateArguments, scores: dict) -> None:
     }
     if arguments.compare:
         source |= {"base_dataset": arguments.base_dataset, "base_split": arguments.base_split}
-    write_text(arguments.output_file, json.dumps({**scores, **source}, indent=2, ensure_ascii=False) + "\n")
+    path = Path(arguments.output_file)
+    with write_whole(path.parent) as folder:
+        (folder / path.name).write_text(json.dumps({**scores, **source}, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_regression(scores: dict[str, dict], max_regression: float) -> None:
@@ -147,12 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_recognizer(
         arguments.model_name_or_path, adapters, allow_base_mismatch=arguments.allow_base_mismatch
     )
+    set_language(processor.tokenizer, arguments.language)
     decoder = build_decoder(decoding, processor.tokenizer)
 
     # Data
     load = partial(load_utterances, processor=processor, samples_per_logit=model.config.inputs_to_logits_ratio)
     dataset = load(arguments)
     base = {"split": arguments.base_split, "speaker_id": arguments.base_speaker_id}
+    base["transcript_style"] = arguments.base_transcript_style
     base_dataset = load(replace(arguments, dataset=arguments.base_dataset, **base)) if arguments.compare else None
 
     # Evaluate

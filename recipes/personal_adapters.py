@@ -7,10 +7,12 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import CONFIG_NAME
 
+from data.annotations import read_transcripts
 from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
 from data.corpora import load_corpus, take_seconds
 from data.speakers import select_speakers, share_speakers
+from data.spelling import MAX_CLIP_SECONDS
 from modeling import SpeechAdapterConfig
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, save_adapter
 from recipes.arguments import CorpusArguments
@@ -41,6 +43,9 @@ class PersonalArguments:
     )
     max_train_seconds: float | None = field(
         default=None, metadata={"help": "Most seconds of a speaker's speech to train on."}
+    )
+    max_clip_seconds: float = field(
+        default=MAX_CLIP_SECONDS, metadata={"help": "Longest clip to train on; a few longer ones are left out."}
     )
     speakers_per_stack: int = field(
         default=16, metadata={"help": "Of several speakers, how many train together; bounds the memory."}
@@ -185,7 +190,11 @@ class SpeakerLoader:
     ):
         columns = ("audio", "text", "speaker_id")
         self.train_corpus, self.eval_corpus = (
-            load_corpus(corpus_args.dataset, split=split, required_columns=columns)
+            read_transcripts(
+                load_corpus(corpus_args.dataset, split=split, required_columns=columns),
+                corpus_args.transcript_style,
+                name=f"{corpus_args.dataset}, split {split}",
+            )
             for split in (corpus_args.train_split, corpus_args.eval_split)
         )
         self.arguments, self.augmentation, self.seed = arguments, augmentation, seed
@@ -219,12 +228,13 @@ class SpeakerLoader:
             evaluation["others_"] = select_speakers(self.eval_corpus, self.arguments.base_eval_speakers)
         if self.arguments.max_train_seconds is not None:
             train = take_seconds(train, self.arguments.max_train_seconds, seed=self.seed)
-        train_clips = decode_clips(train, **self.decode, max_speed=self.augmentation.max_speed)
+        limits = {"max_speed": self.augmentation.max_speed, "max_clip_seconds": self.arguments.max_clip_seconds}
+        train_clips = decode_clips(train, **self.decode, **limits)
         return SpeakerData(
             speaker_id,
             UtteranceDataset(train_clips, augmentation=self.augmentation, **self.join),
             {
-                prefix: UtteranceDataset(decode_clips(corpus, **self.decode), **self.join)
+                prefix: UtteranceDataset(decode_clips(corpus, **self.decode, is_evaluation=True), **self.join)
                 for prefix, corpus in evaluation.items()
             },
         )

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, EarlyStoppi
 
 from data.augmentation import Augmentation
 from data.corpora import load_corpus
+from data.text import set_language
 from modeling.adapter_files import read_adapter
 from modeling.adapters import adapters_off, is_adapter_parameter
 from recipes.arguments import CorpusArguments, parse_arguments
@@ -83,6 +84,7 @@ def main() -> None:
     # Model and adapter
     model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path).to(PartialState().device)
     processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path)
+    set_language(processor.tokenizer, card_args.language)
     add_personal_adapter(model, processor, personal_args, seed=training_args.seed)
     check_trainable(model, max_share=1.0 if personal_args.unfreeze_base else MAX_TRAINABLE_SHARE)
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCTC, AutoProcessor, PreTrainedModel, Proces
 from transformers.trainer_utils import IntervalStrategy
 
 from data.augmentation import Augmentation
+from data.text import set_language
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off
 from recipes.arguments import CorpusArguments
 from recipes.cached_training import CacheArguments, FrozenPart
@@ -259,6 +260,7 @@ def personalize_many(
     # Model
     model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path).to(state.device)
     processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path)
+    set_language(processor.tokenizer, card_args.language)
 
     # Data
     options = {"samples_per_logit": model.config.inputs_to_logits_ratio, "seed": training_args.seed}

@@ -6,7 +6,7 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_ctc.py
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,15 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
 
+from data.annotations import read_transcripts
 from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
 from data.collators import CTCCollator
 from data.corpora import load_corpus
 from data.speakers import select_speakers
+from data.spelling import MAX_CLIP_SECONDS
 from data.streaming import stream_utterances
-from data.text import TEXT_UNITS, build_vocabulary, normalize_text
+from data.text import TEXT_UNITS, TRANSCRIPTS, build_vocabulary, describe_transcripts, normalize_text, set_language
 from modeling import (
     DeepSpeech2Config,
     DeepSpeech2FeatureExtractor,
@@ -64,6 +66,9 @@ class TrainingCorpusArguments(CorpusArguments):
     exclude_speakers: list[str] | None = field(
         default=None, metadata={"help": "Speakers to leave out of training and evaluation."}
     )
+    max_clip_seconds: float = field(
+        default=MAX_CLIP_SECONDS, metadata={"help": "Longest clip to train on; a few longer ones are left out."}
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "Read the training split while it is used, for what does not fit a disk; needs max_steps."},
@@ -97,17 +102,29 @@ class CTCTrainingArguments(RecipeTrainingArguments):
 ARGUMENTS = (ModelArguments, TrainingCorpusArguments, Augmentation, CardArguments, CTCTrainingArguments)
 
 
-def build_model(arguments: ModelArguments, texts: Iterable[str]) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:
-    """Returns the checkpoint's model and processor, or fresh ones with a vocabulary of the characters in `texts`."""
+def build_model(
+    arguments: ModelArguments, texts: Iterable[str], languages: Sequence[str] | None = None
+) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:
+    """
+    Returns the checkpoint's model and processor, or fresh ones with a vocabulary of the characters in `texts`.
+
+    Args:
+        arguments: The checkpoint, or the sizes.
+        texts: Transcripts as they are in the corpus.
+        languages: Codes of what they are in; the first one is saved with the processor.
+    """
     if arguments.model_name_or_path:
         processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
+        set_language(processor.tokenizer, languages)
         return AutoModelForCTC.from_pretrained(arguments.model_name_or_path), processor
-    vocabulary = build_vocabulary(map(normalize_text, texts), text_unit=arguments.text_unit)
+    transcripts = describe_transcripts(languages[0] if languages else None)
+    normalize = partial(normalize_text, language=transcripts["language"])
+    vocabulary = build_vocabulary(map(normalize, texts), text_unit=arguments.text_unit)
     tokenizer_class = JamoCTCTokenizer if arguments.text_unit == "jamo" else Wav2Vec2CTCTokenizer
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocab.json"
         path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        tokenizer = tokenizer_class(str(path), bos_token=None, eos_token=None)
+        tokenizer = tokenizer_class(str(path), bos_token=None, eos_token=None, **{TRANSCRIPTS: transcripts})
     extractor = DeepSpeech2FeatureExtractor(arguments.num_mel_bins, normalization=arguments.normalization)
     config = DeepSpeech2Config(
         num_mel_bins=arguments.num_mel_bins,
@@ -132,7 +149,8 @@ def load_corpora(arguments: TrainingCorpusArguments) -> tuple[Dataset | Iterable
             corpus = corpus.filter(lambda row: row.get("speaker_id") not in excluded)
         elif excluded:
             corpus = select_speakers(corpus, excluded, exclude=True)
-        corpora.append(corpus)
+        name = f"{arguments.dataset}, split {split}"
+        corpora.append(read_transcripts(corpus, arguments.transcript_style, name=name))
     return tuple(corpora)
 
 
@@ -147,7 +165,12 @@ def build_dataset(
     """Returns the utterances of a corpus: decoded and cached first, or read while they are used if it is streamed."""
     if isinstance(corpus, IterableDataset):
         return stream_utterances(
-            corpus, processor, samples_per_logit=samples_per_logit, augmentation=augmentation, seed=seed
+            corpus,
+            processor,
+            samples_per_logit=samples_per_logit,
+            augmentation=augmentation,
+            max_clip_seconds=arguments.max_clip_seconds,
+            seed=seed,
         )
     clips = decode_clips(
         corpus,
@@ -155,6 +178,8 @@ def build_dataset(
         samples_per_logit=samples_per_logit,
         max_speed=augmentation.max_speed if augmentation else 1.0,
         is_joined=arguments.concatenate_max > 1,
+        is_evaluation=augmentation is None,
+        max_clip_seconds=arguments.max_clip_seconds,
     )
     return UtteranceDataset(clips, processor, concatenate=arguments.concatenate, augmentation=augmentation, seed=seed)
 
@@ -176,11 +201,12 @@ def describe_run(
 
 def plan_model(arguments: tuple) -> DeepSpeech2ForCTC:
     """Returns the model that such a run trains, made of configurations and transcripts, without weights of a file."""
-    model_args, corpus_args = arguments[:2]
+    model_args, corpus_args, _, card_args, _ = arguments
     if model_args.model_name_or_path:
         return AutoModelForCTC.from_config(AutoConfig.from_pretrained(model_args.model_name_or_path))
     train_corpus, _ = load_corpora(corpus_args)
-    return build_model(model_args, (row["text"] for row in train_corpus.select_columns(["text"])))[0]
+    texts = (row["text"] for row in train_corpus.select_columns(["text"]))
+    return build_model(model_args, texts, card_args.language)[0]
 
 
 def main() -> None:
@@ -193,7 +219,8 @@ def main() -> None:
     train_corpus, eval_corpus = load_corpora(corpus_args)
 
     # Model
-    model, processor = build_model(model_args, (row["text"] for row in train_corpus.select_columns(["text"])))
+    texts = (row["text"] for row in train_corpus.select_columns(["text"]))
+    model, processor = build_model(model_args, texts, card_args.language)
 
     # Data
     encode = partial(build_dataset, corpus_args, processor, model.config.inputs_to_logits_ratio, training_args.seed)

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from accelerate import PartialState
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from data.audio import AudioError
 from modeling.adapter_store import AdapterStore, list_adapter_names, locate_adapter
 from modeling.adapters import BASE, check_adapter_name
-from modeling.files import write_text
+from modeling.files import write_whole
 from recipes.arguments import parse_arguments
 from recipes.beam_search import DecodingArguments, build_decoder
 from recipes.decoding import Transcript, load_recognizer, transcribe_recordings
@@ -262,11 +263,12 @@ def open_store(
 
 
 def write_output(text: str, path: str | None) -> None:
-    """Prints `text`, or writes it to the file at `path`."""
+    """Prints `text`, or replaces the file at `path` with it."""
     if path is None:
         print(text)
-    else:
-        write_text(path, text + "\n")
+        return
+    with write_whole(Path(path).parent) as folder:
+        (folder / Path(path).name).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
