@@ -1,14 +1,17 @@
 """Which adapters a model has, which of them act, and on which rows of a batch; for every PEFT method."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from .adapter_calls import SHARED, Call, pass_names
+from .clip_owners import clips_followed, has_clips, is_in_tower
+from .generate_rows import follow_generate
 
 # A row of `adapter_rows` with this name runs the base alone; PEFT's own word for it.
 BASE = "__base__"
@@ -43,7 +46,7 @@ def check_adapter_name(name: str) -> str:
 
 def find_adapter_layers(model: nn.Module) -> list[nn.Module]:
     """Returns the modules of `model` that hold adapters of any PEFT method."""
-    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return [module for module in model.modules() if _holds_adapters(module)]
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -70,25 +73,13 @@ def find_active_adapters(model: nn.Module, *, even_if_off: bool = False) -> list
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Runs the base alone inside; unlike `disable_adapters`, it leaves `requires_grad` as it is."""
-    layers = find_adapter_layers(model)
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
+    """
+    Runs the base alone inside, in this thread or task only.
+
+    Unlike `disable_adapters`, it leaves `requires_grad` as it is, and other threads use the adapters meanwhile.
+    """
+    with SHARED.opened(dict.fromkeys(find_adapter_layers(model), Call(names=None))):
         yield
-    finally:
-        for layer, was_off in zip(layers, before, strict=True):
-            layer._disable_adapters = was_off
-
-
-def _add_adapter_names(_module: nn.Module, args: tuple, kwargs: dict, *, names: Sequence[str]) -> tuple[tuple, dict]:
-    rows = len(args[0] if args else next(iter(kwargs.values())))
-    # Beam search repeats every row in place: [a, b] becomes [a, a, b, b].
-    times, rest = divmod(rows, len(names))
-    if rest or not times:
-        raise ValueError(f"`adapter_names` must have one name a row, got {len(names)} names for {rows} rows.")
-    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
 
 
 @contextmanager
@@ -96,12 +87,18 @@ def adapter_rows(model: nn.Module, adapter_names: Sequence[str] | None) -> Itera
     """
     Gives every row of a batch its own adapter inside, in `forward` and `generate`, LoRA included.
 
+    It holds for this thread or task alone, so threads may each give their own names to one model. A thread that is
+    started inside does not take them along: enter it in that thread, or start the thread with `contextvars`.
+    A clip of a prompt has the adapter of its prompt.
+
     Args:
         model: A model with adapters, in evaluation mode.
-        adapter_names: One name a row, `"__base__"` for none; `None` changes nothing.
+        adapter_names: One name a row, `"__base__"` for none; `None` changes nothing. A module that is called by itself
+            takes a name for each of its own rows, an audio tower one a clip.
 
     Raises:
-        ValueError: The model is training, a name is unknown, or (in the call) their number does not fit the rows.
+        ValueError: The model is training, a name is unknown, adapters are off, or a layer cannot tell rows apart; or
+            (in the call) the number of names does not fit the rows, or `generate` would mix rows up.
 
     Example:
 
@@ -113,19 +110,71 @@ def adapter_rows(model: nn.Module, adapter_names: Sequence[str] | None) -> Itera
     if adapter_names is None:
         yield
         return
+    with serve_rows(model, adapter_names, {}):
+        yield
+
+
+@contextmanager
+def serve_rows(
+    model: nn.Module, adapter_names: Sequence[str], blocks: Mapping[nn.Module, Mapping[str, nn.Module]]
+) -> Iterator[None]:
+    """As [`adapter_rows`], with `blocks` that are lent to layers under names of adapters."""
     if model.training:
         raise ValueError("`adapter_names` works for inference only. Call `model.eval()` first.")
-    layers = find_adapter_layers(model)
-    known = {BASE}
-    for layer in layers:
-        known |= layer._get_available_adapters() if isinstance(layer, BaseTunerLayer) else set(layer._adapters)
-        known |= set(getattr(layer, "served_blocks", ()))
-    if unknown := sorted(set(adapter_names) - known):
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = {layer: name for name, layer in model.named_modules() if _holds_adapters(layer)}
+    adapters_of = {layer: _list_adapters(layer) | set(blocks.get(layer, ())) for layer in layers}
+    known, names = {BASE}.union(*adapters_of.values()), tuple(adapter_names)
+    if unknown := sorted(set(names) - known):
         raise ValueError(f"`adapter_names` must be loaded adapters ({', '.join(sorted(known))}), got {unknown}.")
-    hook = partial(_add_adapter_names, names=list(adapter_names))
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
-    try:
+    tells_clips = has_clips(base)
+    calls = {base: Call(names)}
+    for layer, name in layers.items():
+        if mentioned := adapters_of[layer] & set(names):
+            _check_tells_rows(layer, name, mentioned)
+            calls[layer] = Call(names, blocks.get(layer, {}), is_of_clips=tells_clips and is_in_tower(name))
+        else:
+            calls[layer] = Call(names=None)
+    _follow_rows(base, layers)
+    with SHARED.opened(calls), clips_followed(base, lambda: _has_names(base, names)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _follow_rows(base: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Lets, once and for all, `generate` tell layers about rows, and PEFT's own layers hear of them."""
+    follow_generate(base)
+    for layer in layers:
+        if not hasattr(layer, "speech_adapter_blocks") and pass_names not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(pass_names, with_kwargs=True)
+
+
+def _has_names(base: nn.Module, names: tuple[str, ...]) -> bool:
+    call = SHARED.find(base)
+    return call is not None and call.names is names
+
+
+def _holds_adapters(module: nn.Module) -> bool:
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def _list_adapters(layer: nn.Module) -> set[str]:
+    return layer._get_available_adapters() if isinstance(layer, BaseTunerLayer) else set(layer._adapters)
+
+
+def _check_tells_rows(layer: nn.Module, name: str, mentioned: set[str]) -> None:
+    if layer.disable_adapters:
+        raise ValueError(
+            f"`adapter_names` must be used while adapters are on, got {sorted(mentioned)} and {name} off. "
+            "Call `model.enable_adapters()`, or leave `adapters_off`."
+        )
+    if not hasattr(layer, "_mixed_batch_forward") and not hasattr(layer, "speech_adapter_blocks"):
+        raise ValueError(
+            f"`adapter_names` must be adapters of a method that tells rows apart, got {sorted(mentioned)} at {name}, "
+            f"a {type(layer).__module__}.{type(layer).__name__}. Use `set_adapter` and a batch for each."
+        )
+    # PEFT passes such a layer over for all rows (0.21).
+    if isinstance(layer, AuxiliaryTrainingWrapper) and not set(layer.active_adapters) <= set(layer._adapters):
+        raise ValueError(
+            f"`adapter_names` with {sorted(mentioned)}, which keeps its own {name}, must be used while it is active, "
+            f"got {layer.active_adapters} active. Call `set_adapter` first."
+        )

@@ -8,6 +8,7 @@ from torch import nn
 
 from .active_adapters import check_adapter_name
 from .adapter_blocks import make_block
+from .adapter_calls import SHARED
 from .adapter_config import SpeechAdapterConfig
 from .frame_lengths import FrameLengths
 
@@ -20,7 +21,7 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
     Wraps a module whose widths are known with named adapters, at most one of them active.
 
     The base module runs once on all rows; adapters act on its input and output, a group of rows at a time when
-    [`adapter_rows`] asks for it.
+    [`adapter_rows`] asks for it. It leaves its place in the model with its last adapter.
     """
 
     adapter_layer_names = ("speech_adapter_blocks",)
@@ -29,8 +30,6 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
-        # Blocks that an `AdapterStore` lends while it serves a batch: no part of the model, never saved with it.
-        self.served_blocks: dict[str, nn.Module] = {}
         # Of the running batch, where an adapter must know what is padding.
         self.frame_lengths: FrameLengths | None = None
         self.speech_adapter_blocks = nn.ModuleDict()
@@ -71,19 +70,29 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
     def forward(self, hidden_states: torch.Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         if self.disable_adapters:
             return self.base_layer(hidden_states, *args, **kwargs)
+        if adapter_names is None and (call := SHARED.find(self)) is not None:
+            adapter_names = call.find_names(len(hidden_states))
         groups = self._group_rows(adapter_names)
         before = [group for group in groups if group[0].position == "before"]
         behind = [group for group in groups if group[0].position != "before"]
-        lengths = self.frame_lengths and self.frame_lengths.repeated(len(hidden_states))
+        lengths = self._find_lengths(groups, len(hidden_states))
         hidden_states = self._adapt_rows(before, hidden_states, hidden_states, lengths)
         output = self.base_layer(hidden_states, *args, **kwargs)
         if not behind:
             return output
-        is_fresh = self._is_fresh(output, (hidden_states, *args, *kwargs.values()))
-        return self._adapt_rows(behind, hidden_states, output, lengths, may_overwrite=is_fresh)
+        inputs = (hidden_states, *args, *kwargs.values())
+        return self._adapt_rows(behind, hidden_states, output, lengths, inputs=inputs)
+
+    def _find_lengths(self, groups: list[Group], num_rows: int) -> torch.Tensor | None:
+        """Returns how many frames of each row are no padding, where an adapter that acts asks for it."""
+        is_asked = self.frame_lengths is not None and any(block.kind == "transformer" for block, _ in groups)
+        return self.frame_lengths.repeated(num_rows) if is_asked else None
 
     def _is_fresh(self, output: torch.Tensor, inputs: Sequence[object]) -> bool:
         """Whether the base's `output` may be overwritten: no gradient, input, weight or hook needs it as it is."""
+        # Exporters and compilers have tensors without memory, and make this decision themselves.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
         if torch.is_grad_enabled() or any(module._forward_hooks for module in self.base_layer.modules()):
             return False
         others = [*inputs, *self.base_layer.parameters(), *self.base_layer.buffers()]
@@ -109,14 +118,18 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         target: torch.Tensor,
         lengths: torch.Tensor | None,
         *,
-        may_overwrite: bool = False,
+        inputs: Sequence[object] | None = None,
     ) -> torch.Tensor:
-        """Returns `target`, changed in the rows of each group; `source` is what came into the base."""
+        """
+        Returns `target`, changed in the rows of each group; `source` is what came into the base.
+
+        Where `target` is the base's output, `inputs` are what the base got: it is overwritten if nobody else has it.
+        """
         if not groups:
             return target
         if groups[0][1] == slice(None):
             return self._adapt(groups[0][0], source, target, lengths)
-        adapted = target if may_overwrite else target.clone()
+        adapted = target if inputs is not None and self._is_fresh(target, inputs) else target.clone()
         for block, rows in groups:
             change = self._change(block, source[rows], target[rows], None if lengths is None else lengths[rows])
             if block.kind == "replacement":
@@ -135,7 +148,8 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         """Returns the block of adapter `name` here, the model's own or a served one, if there is one."""
         if name in self.speech_adapter_blocks:
             return self.speech_adapter_blocks[name]
-        return self.served_blocks.get(name)
+        call = SHARED.find(self)
+        return None if call is None else call.blocks.get(name)
 
     def adapt_frames(
         self, hidden_states: torch.Tensor, output: torch.Tensor, frames_of: Mapping[str, torch.Tensor] | None = None

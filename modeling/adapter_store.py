@@ -11,7 +11,7 @@ import copy
 import difflib
 import json
 import os
-from collections import OrderedDict
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .active_adapters import BASE, adapter_rows, check_adapter_name, find_adapter_layers
+from .active_adapters import BASE, check_adapter_name, serve_rows
 from .adapter_files import ADAPTER_WEIGHTS_NAME, SavedAdapter, read_adapter
 from .adapter_layer import SpeechAdapterLayer
 from .adapter_loading import (
@@ -30,7 +30,6 @@ from .adapter_loading import (
     check_fit,
     check_tensors,
     compare_bases,
-    remember_modules,
     without_false_alarms,
 )
 from .adapter_probe import check_effect
@@ -38,11 +37,14 @@ from .adapter_table import CONFIG_NAME, AdapterTable, Files, Slot, read_fields, 
 from .files import PENDING_FOLDER, find_whole
 from .fingerprint import fingerprint_base, fingerprint_processor
 from .frame_lengths import FrameLengths
+from .module_places import copy_modules, find_module, remove_empty_layers
 
 MAX_TABLES = 8  # configurations in one store
 # Entries of a configuration that make no other modules and no other outputs.
 FREE_ENTRIES = {"auto_mapping", "base_fingerprint", "base_mismatch_allowed", "base_model_name_or_path", "dropout"}
 FREE_ENTRIES |= {"inference_mode", "peft_version", "revision", "task_type"}
+# A model may have several stores, and one place in it only one layer at a time.
+MOUNTING = threading.RLock()
 TEMPLATE = "store_template"  # name of the adapter that is injected to see what an adapter of a configuration is
 
 
@@ -85,7 +87,7 @@ def locate_adapter(folder: str | Path, name: str) -> str:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mount:
     """
     A place in the model where adapters act while a batch is served.
@@ -97,6 +99,7 @@ class Mount:
         original: What stands there otherwise; `layer` itself if the model has adapters of its own there.
         module_name: Whole name of `original`.
         needs_frame_lengths: Whether adapters there must know what is padding.
+        num_users: Open batches, of all threads.
     """
 
     layer: SpeechAdapterLayer
@@ -105,32 +108,33 @@ class Mount:
     original: nn.Module
     module_name: str
     needs_frame_lengths: bool
+    num_users: int = 0
 
 
 def find_mounts(model: nn.Module, saved: SavedAdapter) -> tuple[dict[str, Mount], dict[str, nn.Module]]:
     """
     Returns where adapters of the configuration of `saved` act, and one adapter's blocks, both by module name.
 
-    The adapter is injected as any other and taken away again, so the model is as before.
+    The adapter is injected into a copy of the model's modules, so that other threads see nothing of it.
     """
-    original_names = {id(module): name for name, module in model.named_modules()}
-    restore = remember_modules(model)
+    twin = _copy_unserved(model)
+    names = {id(module): name for name, module in twin.named_modules()}
+    with without_false_alarms(), torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(copy.deepcopy(saved.config), twin, TEMPLATE)
     mounts, blocks = {}, {}
-    try:
-        with without_false_alarms(), torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(copy.deepcopy(saved.config), model, TEMPLATE)
-        layers = [layer for layer in model.modules() if TEMPLATE in getattr(layer, "speech_adapter_blocks", ())]
-        for layer in layers:
-            original = layer if id(layer) in original_names else layer.base_layer
-            name = original_names[id(original)]
-            blocks[name] = layer.speech_adapter_blocks[TEMPLATE]
-            parent, _, child = name.rpartition(".")
-            mounts[name] = Mount(layer, model.get_submodule(parent), child, original, name, layer.needs_frame_lengths)
-            if layer is not original:
-                del layer.speech_adapter_blocks[TEMPLATE]
-                layer._active_adapter, layer.frame_lengths, layer.training = [], None, False
-    finally:
-        restore()
+    for layer in [layer for layer in twin.modules() if TEMPLATE in getattr(layer, "speech_adapter_blocks", ())]:
+        is_own = id(layer) in names
+        name = names[id(layer if is_own else layer.base_layer)]
+        parent_name, _, child = name.rpartition(".")
+        parent, original = (find_module(model, place, SpeechAdapterLayer) for place in (parent_name, name))
+        blocks[name], needs_frame_lengths = layer.speech_adapter_blocks[TEMPLATE], layer.needs_frame_lengths
+        if layer.frame_lengths is not None:
+            layer.frame_lengths.release()
+        if not is_own:
+            del layer.speech_adapter_blocks[TEMPLATE]
+            layer._active_adapter, layer.frame_lengths, layer.training = [], None, False
+            layer.base_layer = original
+        mounts[name] = Mount(original if is_own else layer, parent, child, original, name, needs_frame_lengths)
     return mounts, blocks
 
 
@@ -138,8 +142,9 @@ class AdapterStore:
     """
     Serves a folder of speech adapters, each in a sub-folder of its name, to the rows of batches.
 
-    The model is as it was outside [`AdapterStore.rows`]: its modules, names, outputs and what it saves. One thread at
-    a time may use a store. An adapter that is saved again is read again at its next use; the base must not change.
+    The model is as it was outside [`AdapterStore.rows`]: its modules, names, outputs and what it saves. Threads may
+    use a store at the same time, each with rows of its own. An adapter that is saved again is read again at its next
+    use; the base must not change.
 
     Args:
         model: The adapters' base, in evaluation mode and on its device.
@@ -180,6 +185,7 @@ class AdapterStore:
         self._proven: set[str] = set()  # configurations with an adapter that has been seen to act
         self._mounts: dict[str, Mount] = {}  # by module name
         self._known: dict[str, tuple[str, Files]] = {}  # adapters that have been checked: configuration and files
+        self._lock = threading.RLock()  # of all that is above
 
     @property
     def names(self) -> list[str]:
@@ -189,15 +195,17 @@ class AdapterStore:
     @property
     def loaded(self) -> list[str]:
         """Names of the adapters in memory; those of a configuration from the least to the most recently used."""
-        return [name for table in self._tables.values() for name in table.names]
+        with self._lock:
+            return [name for table in self._tables.values() for name in table.names]
 
     def __contains__(self, name: str) -> bool:
         return _is_adapter(self.folder, name)
 
     def close(self) -> None:
         """Lets the memory of the adapters go; the store can be used again."""
-        self._tables, self._known, self._mounts = {}, {}, {}
-        self._proven.clear()
+        with self._lock:
+            self._tables, self._known, self._mounts = {}, {}, {}
+            self._proven.clear()
 
     @contextmanager
     def rows(self, adapter_names: Sequence[str]) -> Iterator[None]:
@@ -222,43 +230,28 @@ class AdapterStore:
             )
         with ExitStack() as stack:
             lent = {name: stack.enter_context(self._in_use(name)) for name in wanted}
-            for module in dict.fromkeys(module for slot in lent.values() for module in slot.blocks):
-                blocks = {name: slot.blocks[module] for name, slot in lent.items() if module in slot.blocks}
-                stack.enter_context(self._mounted(self._mounts[module], blocks))
-            stack.enter_context(adapter_rows(self.model, adapter_names))
+            blocks: dict[SpeechAdapterLayer, dict[str, nn.Module]] = {}
+            for name, (slot, mounts) in lent.items():
+                for module, mount in mounts.items():
+                    if mount.layer not in blocks:
+                        stack.enter_context(_mounted(mount, self.model))
+                    blocks.setdefault(mount.layer, {})[name] = slot.blocks[module]
+            stack.enter_context(serve_rows(self.model, adapter_names, blocks))
             yield
 
     @contextmanager
-    def _in_use(self, name: str) -> Iterator[Slot]:
-        slot = self._find_slot(name)
-        table = self._tables[self._known[name][0]]
-        slot.num_users += 1
+    def _in_use(self, name: str) -> Iterator[tuple[Slot, dict[str, Mount]]]:
+        """Gives the slot of adapter `name`, which keeps it inside, and the places where it acts."""
+        with self._lock:
+            slot = self._find_slot(name)
+            table = self._tables[self._known[name][0]]
+            slot.num_users += 1
+            mounts = {module: self._mounts[module] for module in slot.blocks}
         try:
-            yield slot
+            yield slot, mounts
         finally:
-            table.release(name, slot)
-
-    @contextmanager
-    def _mounted(self, mount: Mount, blocks: dict[str, nn.Module]) -> Iterator[None]:
-        layer, before = mount.layer, mount.parent._modules.get(mount.child)
-        if before is not mount.original and before is not layer:
-            raise ValueError(
-                f"`model` must not get or lose adapters while a store serves it, got a {type(before).__name__} at "
-                f"{mount.module_name}. Close the store first."
-            )
-        served, lengths = layer.served_blocks, layer.frame_lengths
-        setattr(mount.parent, mount.child, layer)
-        layer.served_blocks = served | blocks
-        try:
-            if mount.needs_frame_lengths and lengths is None:
-                layer.frame_lengths = FrameLengths()
-                layer.frame_lengths.follow(self.model, mount.module_name)
-            yield
-        finally:
-            if layer.frame_lengths is not lengths:
-                layer.frame_lengths.release()
-            layer.served_blocks, layer.frame_lengths = served, lengths
-            setattr(mount.parent, mount.child, before)
+            with self._lock:
+                table.release(name, slot)
 
     def activate(self, name: str) -> dict[str, nn.Module]:
         """
@@ -270,7 +263,8 @@ class AdapterStore:
         Raises:
             ValueError: There is no such adapter, or it is refused, as by [`load_speech_adapter`].
         """
-        return self._find_slot(name).blocks
+        with self._lock:
+            return self._find_slot(name).blocks
 
     def _find_slot(self, name: str) -> Slot:
         key, files = self._known.get(name, (None, None))
@@ -309,7 +303,7 @@ class AdapterStore:
         slot = table.take()
         try:
             table.fill(slot, saved)
-            self._check_effect(name, key, slot)
+            self._check_effect(name, key, slot, saved)
         except BaseException:
             table.give_back(slot)
             raise
@@ -331,15 +325,18 @@ class AdapterStore:
             self._fingerprint = fingerprint_base(self.model) | of_processor
         compare_bases(saved, self._fingerprint, allow_base_mismatch=self._allow_base_mismatch)
 
-    def _check_effect(self, name: str, key: str, slot: Slot) -> None:
+    def _check_effect(self, name: str, key: str, slot: Slot, saved: SavedAdapter) -> None:
         """The probe of `load_speech_adapter`, until an adapter of the configuration that is not zero has passed it."""
         if key in self._proven:
             return
-        with self._outside_rows(), ExitStack() as stack:
-            for module, block in slot.blocks.items():
-                stack.enter_context(self._mounted(self._mounts[module], {}))
-                stack.enter_context(_owned(self._mounts[module].layer, name, block))
-            check_effect(self.model, name)
+        twin = _copy_unserved(self.model)
+        with without_false_alarms():
+            inject_adapter_in_model(copy.deepcopy(saved.config), twin, name)
+        layers = [layer for layer in twin.modules() if name in getattr(layer, "speech_adapter_blocks", ())]
+        for layer, block in zip(layers, slot.blocks.values(), strict=True):
+            layer.speech_adapter_blocks[name] = block
+            layer._active_adapter = [name]
+        check_effect(twin, name)
         if any(block.last_layer.weight.any() for block in slot.blocks.values()):
             self._proven.add(key)
 
@@ -349,41 +346,57 @@ class AdapterStore:
                 f"`folder` must hold adapters of at most {MAX_TABLES} configurations, got another one in "
                 f"{saved.source}. Give each kind and size of adapter a folder of its own."
             )
-        with self._outside_rows():
-            check_fit(saved, self.model, TEMPLATE)
-            mounts, blocks = find_mounts(self.model, saved)
+        twin = _copy_unserved(self.model)
+        check_fit(saved, twin, TEMPLATE)
+        mounts, blocks = find_mounts(self.model, saved)
         self._tables[key] = AdapterTable(blocks, self.capacity, header_bytes)
-        self._mounts = mounts | self._mounts  # where two configurations meet, one layer serves both
-
-    @contextmanager
-    def _outside_rows(self) -> Iterator[None]:
-        """The model as it is outside [`AdapterStore.rows`], of which one may be open."""
-        hooks = [(layer, layer._forward_pre_hooks) for layer in find_adapter_layers(self.model)]
-        mounted = [mount for mount in self._mounts.values() if mount.parent._modules[mount.child] is mount.layer]
-        for mount in mounted:
-            setattr(mount.parent, mount.child, mount.original)
-        for layer, _ in hooks:
-            layer._forward_pre_hooks = OrderedDict()
-        try:
-            yield
-        finally:
-            for layer, before in hooks:
-                layer._forward_pre_hooks = before
-            for mount in mounted:
-                setattr(mount.parent, mount.child, mount.layer)
+        for module, mount in mounts.items():
+            known = self._mounts.setdefault(module, mount)  # where two configurations meet, one layer serves both
+            known.needs_frame_lengths |= mount.needs_frame_lengths
 
 
 @contextmanager
-def _owned(layer: SpeechAdapterLayer, name: str, block: nn.Module) -> Iterator[None]:
-    """Makes `block` the active adapter of `layer` inside, for those that look for the model's own."""
-    before = layer._active_adapter
-    layer.speech_adapter_blocks[name] = block
-    layer._active_adapter = [name]
+def _mounted(mount: Mount, model: nn.Module) -> Iterator[None]:
+    """Puts the layer of `mount` into its place while a batch of any thread needs it."""
+    with MOUNTING:
+        _put(mount, model)
+        mount.num_users += 1
     try:
         yield
     finally:
-        layer._active_adapter = before
-        del layer.speech_adapter_blocks[name]
+        with MOUNTING:
+            mount.num_users -= 1
+            if not mount.num_users:
+                _take_away(mount)
+
+
+def _put(mount: Mount, model: nn.Module) -> None:
+    now = mount.parent._modules.get(mount.child)
+    if now is not (mount.layer if mount.num_users else mount.original):
+        raise ValueError(
+            f"`model` must not get or lose adapters while a store serves it, got a {type(now).__name__} at "
+            f"{mount.module_name}. Close the store first."
+        )
+    setattr(mount.parent, mount.child, mount.layer)
+    if mount.needs_frame_lengths and mount.layer.frame_lengths is None:
+        lengths = FrameLengths()
+        lengths.follow(model, mount.module_name)
+        mount.layer.frame_lengths = lengths
+
+
+def _take_away(mount: Mount) -> None:
+    if mount.layer.frame_lengths is not None and not mount.layer.needs_frame_lengths:
+        mount.layer.frame_lengths.release()
+        mount.layer.frame_lengths = None
+    setattr(mount.parent, mount.child, mount.original)
+
+
+def _copy_unserved(model: nn.Module) -> nn.Module:
+    """Returns a copy of `model` as it is when no batch of any thread is being served."""
+    with MOUNTING:
+        twin = copy_modules(model)
+    remove_empty_layers(twin, SpeechAdapterLayer)
+    return twin
 
 
 def _describe_config(saved: SavedAdapter) -> str:

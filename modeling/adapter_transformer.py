@@ -7,6 +7,7 @@ features of one width, 25 to 50 frames a second, and leaves what comes after the
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,14 @@ class AdapterMaps:
     attentions: tuple[torch.Tensor, ...]
     gates: torch.Tensor | None
     frame_lengths: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a thread wants of its calls: a place for maps, and whether they have attention."""
+
+    maps: list[AdapterMaps]
+    with_attention: bool
 
 
 def make_positions(num_frames: int, width: int, device: torch.device) -> torch.Tensor:
@@ -77,20 +86,30 @@ class TransformerLayer(GradientCheckpointingLayer):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.attention_dropout = config.dropout
-        self.recorded: list[torch.Tensor] | None = None  # attention, while a recording is on
 
-    def forward(self, hidden_states: torch.Tensor, is_frame: torch.Tensor | None = None) -> torch.Tensor:
-        """`is_frame` `(batch, frames)` is true where there is no padding; without it all is frame."""
-        hidden_states = hidden_states + self.dropout(self._attend(self.attention_norm(hidden_states), is_frame))
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        is_frame: torch.Tensor | None = None,
+        attentions: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """`is_frame` `(batch, frames)` is true where there is no padding; `attentions` gets this layer's, if given."""
+        attended = self._attend(self.attention_norm(hidden_states), is_frame, attentions)
+        hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.ffn(self.ffn_norm(hidden_states)))
 
-    def _attend(self, hidden_states: torch.Tensor, is_frame: torch.Tensor | None) -> torch.Tensor:
+    def _attend(
+        self,
+        hidden_states: torch.Tensor,
+        is_frame: torch.Tensor | None,
+        attentions: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         batch, frames, width = hidden_states.shape
         projected = self.query_key_value(hidden_states).view(batch, frames, 3, self.num_heads, -1)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # each (batch, heads, frames, width / heads)
         mask = None if is_frame is None else is_frame[:, None, None]  # (batch, 1, 1, frames): for every query
-        if self.recorded is not None:
-            self.recorded.append(_attention_weights(query, key, mask).detach())
+        if attentions is not None:
+            attentions.append(_attention_weights(query, key, mask).detach())
         dropout = self.attention_dropout if self.training else 0.0
         attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         return self.attention_output(attended.transpose(1, 2).reshape(batch, frames, width))
@@ -154,7 +173,7 @@ class TransformerBlock(nn.Module):
         self.output_norm = nn.LayerNorm(width)
         self.gate = nn.Linear(width, width) if config.use_gate else None
         self.scale = nn.Parameter(torch.full((1,), float(config.scale_init)))
-        self.maps: list[AdapterMaps] | None = None  # of each call, while a recording is on
+        self.recordings: dict[int, Recording] = {}  # of threads
         nn.init.zeros_(self.output_norm.weight)
         nn.init.zeros_(self.output_norm.bias)
 
@@ -179,18 +198,22 @@ class TransformerBlock(nn.Module):
         if self.layers[0].gradient_checkpointing and torch.is_grad_enabled():
             # Reentrant checkpointing gives no gradient behind inputs that need none, and a frozen tower's need none.
             states = states if states.requires_grad else states.detach().requires_grad_()
+        recording = self.recordings.get(threading.get_ident()) if self.recordings else None
+        attentions = [] if recording is not None and recording.with_attention else None
         for layer in self.layers:
-            states = layer(states, is_frame)
+            states = layer(states, is_frame, attentions)
         change = self.output_norm(self.output(states))
         gates = None if self.gate is None else torch.sigmoid(self.gate(hidden_states))
-        self._record(gates, frame_lengths)
+        if recording is not None:
+            recorded_gates = None if gates is None else gates.detach()
+            recording.maps.append(AdapterMaps(tuple(attentions or ()), recorded_gates, frame_lengths))
         change = self.scale * (change if gates is None else gates * change)
         return change if is_frame is None else change.masked_fill(~is_frame.unsqueeze(-1), 0)
 
     @contextmanager
     def record_maps(self, *, with_attention: bool = True) -> Iterator[list[AdapterMaps]]:
         """
-        Gives a list that has, after each call inside, the attention and gates of that call.
+        Gives a list that has, after each call of this thread inside, the attention and gates of that call.
 
         Args:
             with_attention: Also the attention, which is computed once more for it and is large:
@@ -211,26 +234,23 @@ class TransformerBlock(nn.Module):
 
         ```
         """
-        before = self.maps, [layer.recorded for layer in self.layers]
-        self.maps = maps = []
-        for layer in self.layers:
-            layer.recorded = [] if with_attention else None
+        thread, maps = threading.get_ident(), []
+        before = self.recordings.get(thread)
+        self.recordings[thread] = Recording(maps, with_attention)
         try:
             yield maps
         finally:
-            self.maps, recorded = before
-            for layer, value in zip(self.layers, recorded, strict=True):
-                layer.recorded = value
-
-    def _record(self, gates: torch.Tensor | None, frame_lengths: torch.Tensor | None) -> None:
-        if self.maps is not None:
-            attentions = tuple(layer.recorded.pop() for layer in self.layers if layer.recorded)
-            self.maps.append(AdapterMaps(attentions, None if gates is None else gates.detach(), frame_lengths))
+            self.recordings.pop(thread)
+            if before is not None:
+                self.recordings[thread] = before
 
 
 def _find_frames(frame_lengths: torch.Tensor | None, num_frames: int, device: torch.device) -> torch.Tensor | None:
     """True for frames `(batch, frames)`, or `None` where there is no padding: attention without a mask is faster."""
-    if frame_lengths is None or bool((frame_lengths >= num_frames).all()):
+    if frame_lengths is None:
+        return None
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # what is traced must hold for all lengths
+    if not is_traced and bool((frame_lengths >= num_frames).all()):
         return None
     lengths = frame_lengths.to(device).clamp(min=1)  # attention needs a frame to look at, even in an empty row
     return torch.arange(num_frames, device=device) < lengths.unsqueeze(1)

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .active_adapters import is_adapter_parameter
+from .adapter_calls import SHARED, Call
 from .adapters import SpeechAdapterLayer
 from .fingerprint import WRAPPER_NAMES, digest_tensors
 
@@ -81,28 +83,28 @@ class FrozenPrefix:
 
     @contextmanager
     def _catching(self, caught: dict[str, torch.Tensor]) -> Iterator[None]:
+        thread = threading.get_ident()  # others may run the model meanwhile
+
         def catch_input(_module: nn.Module, args: tuple) -> None:
+            if threading.get_ident() != thread:
+                return
             caught["hidden_states"] = args[0]
             if "base_output" not in self.states:
                 raise _EndOfPrefix
 
         def catch_output(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
-            caught["base_output"] = output
-            raise _EndOfPrefix
+            if threading.get_ident() == thread:
+                caught["base_output"] = output
+                raise _EndOfPrefix
 
         stage = self.model.stages()[self.name]
-        handles = [stage.register_forward_pre_hook(catch_input)]
-        if "base_output" in self.states:
-            was_off = stage._disable_adapters
-            handles.append(stage.get_base_layer().register_forward_hook(catch_output))
-            stage._disable_adapters = True  # the base runs first, however many adapters are there
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
+            stack.callback(stage.register_forward_pre_hook(catch_input).remove)
             if "base_output" in self.states:
-                stage._disable_adapters = was_off
-            for handle in handles:
-                handle.remove()
+                stack.callback(stage.get_base_layer().register_forward_hook(catch_output).remove)
+                # The base runs first, however many adapters are there.
+                stack.enter_context(SHARED.opened({stage: Call(names=None)}))
+            yield
 
 
 class _EndOfPrefix(Exception):

@@ -38,7 +38,6 @@ from modeling.adapters import (
     adapters_off,
     is_adapter_parameter,
 )
-from modeling.frame_lengths import FrameLengths
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -305,8 +304,12 @@ def test_a_model_that_cannot_tell_frames_from_padding_is_refused():
 
 
 def test_lengths_are_repeated_with_their_rows():
-    following = FrameLengths()
-    assert following.repeated(4) is None
-    following.lengths = torch.tensor([5, 3])
-    assert following.repeated(4).tolist() == [5, 5, 3, 3]
-    assert following.repeated(3) is following.repeated(1) is None  # rows that Whisper is done with are gone
+    model = make_whisper()
+    add_trained(model, "ldv", configure())
+    inputs = make_batch(model)
+    del inputs["decoder_input_ids"]
+    with find_layer(model).find_block("ldv").record_maps(with_attention=False) as maps:
+        model.generate(**inputs, max_new_tokens=2, num_beams=2, num_return_sequences=2)
+    assert maps[0].frame_lengths.tolist() == [20, 20, 11, 11, 15, 15]
+    with pytest.raises(ValueError, match="a row for each row of features, got 3 for 2 rows"):
+        model.model.encoder(inputs["input_features"][:2], attention_mask=inputs["attention_mask"])
