@@ -52,6 +52,13 @@ class SavedAdapter:
     base_fingerprint: dict[str, object] | None
     base_mismatch_allowed: bool
 
+    def checked_config(self) -> PeftConfig:
+        """Returns a copy of the configuration that goes into any model unchecked: its loader has compared the base."""
+        config = copy.deepcopy(self.config)
+        if hasattr(type(config), FINGERPRINT_ENTRY):
+            setattr(config, FINGERPRINT_ENTRY, None)
+        return config
+
 
 def save_adapter(
     model: nn.Module,

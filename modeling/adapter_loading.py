@@ -30,7 +30,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 from .active_adapters import check_adapter_name, is_adapter_parameter
 from .adapter_files import FINGERPRINT_ENTRY, MISMATCH_ENTRY, SavedAdapter, name_on_disk, read_adapter
 from .adapter_probe import check_effect
-from .fingerprint import fingerprint_base, fingerprint_processor, list_differences
+from .base_weights import changes_base, find_weights
+from .fingerprint import check_fingerprints, find_version, fingerprint_base, fingerprint_processor, list_differences
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +94,12 @@ def load_speech_adapter(
         raise ValueError(f"`adapter_name` must be new, got {adapter_name!r}, which is loaded. Choose another name.")
     saved = read_adapter(path_or_repo, **hub_kwargs)
     is_mismatch = check_base(saved, model, processor, allow_base_mismatch=allow_base_mismatch)
-    check_fit(saved, model, adapter_name)
-    config = copy.deepcopy(saved.config)
-    setattr(config, FINGERPRINT_ENTRY, saved.base_fingerprint)
-    setattr(config, MISMATCH_ENTRY, saved.base_mismatch_allowed or is_mismatch)
-    with restored_on_error(model):
+    names = check_fit(saved, model, adapter_name)
+    config = saved.checked_config()
+    with restored_on_error(model, _find_weights_at_risk(model, config, names)):
         loaded = _inject(saved, model, adapter_name, config, is_trainable=is_trainable, load_config=load_config)
+        setattr(config, FINGERPRINT_ENTRY, saved.base_fingerprint)
+        setattr(config, MISMATCH_ENTRY, saved.base_mismatch_allowed or is_mismatch)
         check_effect(model, adapter_name, probe_inputs)
     return loaded
 
@@ -112,7 +113,10 @@ def check_base(
     Raises:
         ValueError: It was, and that is not allowed.
     """
-    ours = fingerprint_base(model) | (fingerprint_processor(processor) if processor else {})
+    ours = {}
+    if saved.base_fingerprint is not None:
+        ours = fingerprint_base(model, find_version(saved.base_fingerprint))
+        ours |= fingerprint_processor(processor) if processor else {}
     return compare_bases(saved, ours, allow_base_mismatch=allow_base_mismatch)
 
 
@@ -123,24 +127,20 @@ def compare_bases(saved: SavedAdapter, ours: dict[str, object], *, allow_base_mi
     Raises:
         ValueError: It is, and that is not allowed.
     """
-    if saved.base_fingerprint is None:
-        logger.warning("%s does not say which base it was made for; it is loaded unchecked.", saved.source)
-        return False
-    differences = list_differences(saved.base_fingerprint, ours)
-    if differences and not allow_base_mismatch:
-        raise ValueError(
-            f"`adapter` must be used with the base that it was made for, got {saved.source}, made for another "
-            f"(its base / this one): {'; '.join(differences)}. Load its own base, or insist with "
-            "`--allow_base_mismatch` (in Python `allow_base_mismatch=True`)."
-        )
-    return bool(differences)
+    if allow_base_mismatch:
+        return bool(saved.base_fingerprint and list_differences(saved.base_fingerprint, ours))
+    check_fingerprints(saved.base_fingerprint, ours, saved.source)
+    return False
 
 
-def check_fit(saved: SavedAdapter, model: nn.Module, adapter_name: str) -> None:
+def check_fit(saved: SavedAdapter, model: nn.Module, adapter_name: str) -> list[str]:
     """
     Makes sure that the weights are those of the configuration, before memory is taken for either.
 
     The adapter is added without memory for its weights and taken away again.
+
+    Returns:
+        The names that its tensors have on disk.
 
     Raises:
         ValueError: A regular expression is invalid or takes too long, no module is wrapped, or tensors are missing,
@@ -148,9 +148,12 @@ def check_fit(saved: SavedAdapter, model: nn.Module, adapter_name: str) -> None:
     """
     _check_patterns(saved, [name for name, _ in model.named_modules()])
     restore = remember_modules(model)
+    config = saved.checked_config()
+    if changes_base(config):
+        config.init_lora_weights = True  # same shapes, and the base stays as it is
     try:
         with without_false_alarms():
-            inject_adapter_in_model(copy.deepcopy(saved.config), model, adapter_name, low_cpu_mem_usage=True)
+            inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage=True)
             state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         expected = {name_on_disk(key): tuple(value.shape) for key, value in state.items()}
     except Exception as error:  # whatever a configuration of unknown origin makes PEFT stumble over
@@ -162,6 +165,7 @@ def check_fit(saved: SavedAdapter, model: nn.Module, adapter_name: str) -> None:
     elif sum(map(_count, expected.values())) > sum(value.numel() for value in saved.tensors.values()):
         # Names may differ here: transformers renames those of adapters that older versions have saved.
         raise _misfit(saved, "its configuration asks for more weights than the file has")
+    return list(expected)
 
 
 def check_tensors(saved: SavedAdapter, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -275,14 +279,30 @@ def without_false_alarms() -> Iterator[None]:
         report.setLevel(level)
 
 
+def _find_weights_at_risk(model: nn.Module, config: PeftConfig, names: Sequence[str]) -> list[nn.Parameter]:
+    """The weights of the base that adding the adapter changes; `names` are those of its tensors on disk."""
+    if not changes_base(config):
+        return []
+    return find_weights(model, {re.sub(r"^base_model\.model\.|\.lora_.*", "", name) for name in names})
+
+
 @contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """On an error inside, gives `model` back the modules, adapters, modes and `requires_grad` that it had before."""
+def restored_on_error(model: nn.Module, weights: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """
+    On an error inside, gives `model` back the modules, adapters, modes and `requires_grad` that it had before.
+
+    Args:
+        model: The model.
+        weights: Parameters that get their values back too.
+    """
     restore = remember_modules(model)
+    values = [weight.detach().clone() for weight in weights]
     try:
         yield
     except BaseException:
         restore()
+        for weight, value in zip(weights, values, strict=True):
+            weight.data = value
         raise
 
 

@@ -7,7 +7,6 @@ What a call of [`AdapterStore.rows`] does for each adapter of a batch:
     never used       all checks of `load_speech_adapter`                   files, base, fit, and effect
 """
 
-import copy
 import difflib
 import json
 import os
@@ -35,7 +34,7 @@ from .adapter_loading import (
 from .adapter_probe import check_effect
 from .adapter_table import CONFIG_NAME, AdapterTable, Files, Slot, read_fields, stat_files
 from .files import PENDING_FOLDER, find_whole
-from .fingerprint import fingerprint_base, fingerprint_processor
+from .fingerprint import find_version, fingerprint_base, fingerprint_processor
 from .frame_lengths import FrameLengths
 from .module_places import copy_modules, find_module, remove_empty_layers
 
@@ -120,7 +119,7 @@ def find_mounts(model: nn.Module, saved: SavedAdapter) -> tuple[dict[str, Mount]
     twin = _copy_unserved(model)
     names = {id(module): name for name, module in twin.named_modules()}
     with without_false_alarms(), torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(copy.deepcopy(saved.config), twin, TEMPLATE)
+        inject_adapter_in_model(saved.checked_config(), twin, TEMPLATE)
     mounts, blocks = {}, {}
     for layer in [layer for layer in twin.modules() if TEMPLATE in getattr(layer, "speech_adapter_blocks", ())]:
         is_own = id(layer) in names
@@ -180,7 +179,7 @@ class AdapterStore:
             raise ValueError(f"`folder` must be a folder of adapters, got {str(folder)!r}, which is none.")
         self.model, self.folder, self.capacity = model, str(folder), capacity
         self._processor, self._allow_base_mismatch = processor, allow_base_mismatch
-        self._fingerprint: dict[str, object] | None = None
+        self._fingerprints: dict[int, dict[str, object]] = {}  # of the base, by version
         self._tables: dict[str, AdapterTable] = {}  # by configuration
         self._proven: set[str] = set()  # configurations with an adapter that has been seen to act
         self._mounts: dict[str, Mount] = {}  # by module name
@@ -320,10 +319,11 @@ class AdapterStore:
             self._tables[key].drop(name)
 
     def _check_base(self, saved: SavedAdapter) -> None:
-        if self._fingerprint is None:  # once: it reads every weight of the base
+        version = find_version(saved.base_fingerprint or {})
+        if version not in self._fingerprints:  # once: it reads every weight of the base
             of_processor = fingerprint_processor(self._processor) if self._processor else {}
-            self._fingerprint = fingerprint_base(self.model) | of_processor
-        compare_bases(saved, self._fingerprint, allow_base_mismatch=self._allow_base_mismatch)
+            self._fingerprints[version] = fingerprint_base(self.model, version) | of_processor
+        compare_bases(saved, self._fingerprints[version], allow_base_mismatch=self._allow_base_mismatch)
 
     def _check_effect(self, name: str, key: str, slot: Slot, saved: SavedAdapter) -> None:
         """The probe of `load_speech_adapter`, until an adapter of the configuration that is not zero has passed it."""

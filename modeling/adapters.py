@@ -46,6 +46,7 @@ from .adapter_config import (
 from .adapter_files import ADAPTER_WEIGHTS_NAME, name_on_disk, save_adapter
 from .adapter_layer import SpeechAdapterLayer
 from .adapter_loading import load_speech_adapter
+from .fingerprint import check_fingerprints, find_version, fingerprint_base
 from .frame_lengths import FrameLengths
 
 __all__ = [
@@ -93,7 +94,22 @@ class SpeechAdapterModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """As PEFT's; adapters that must know what is padding begin to follow the model's calls."""
+        """
+        As PEFT's, on the base that the adapter was made for only: every way to load one comes by here.
+
+        Adapters that must know what is padding begin to follow the model's calls.
+
+        Raises:
+            ValueError: The configuration says that the adapter was made for another base.
+        """
+        config = self.peft_config[adapter_name]
+        if config.base_fingerprint is not None:
+            ours = fingerprint_base(model, find_version(config.base_fingerprint))
+            try:
+                check_fingerprints(config.base_fingerprint, ours, repr(adapter_name))
+            except ValueError:
+                del self.peft_config[adapter_name]  # the model's own, which has it already
+                raise
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for name, layer in model.named_modules():
             if isinstance(layer, SpeechAdapterLayer) and layer.needs_frame_lengths and layer.frame_lengths is None:

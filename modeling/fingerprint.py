@@ -1,103 +1,226 @@
-"""What a base and its processor are, in a few lines of JSON: an adapter carries it and fits nothing else."""
+"""
+What a base and its processor are, in a few lines of JSON: an adapter carries it and fits nothing else.
 
+A fingerprint of version 2 has, all of them strict:
+
+    version         2
+    architecture    class and type of the model
+    num_parameters  how many numbers its parameters have, tied ones once
+    shapes          16 hexadecimal digits over the shapes of all weights, sorted
+    tensors         a record for each weight, in the order of the shapes and, where they are equal, of the modules
+    weights         32 hexadecimal digits over the digests in `tensors`, to be read by people; `None` if some lack
+    dtype           precisions of the parameters, to be read by people
+    vocabulary      32 hexadecimal digits over every token and its number
+    features        settings of the feature extractor
+
+Names of parameters are in none of them. `tensors` is base64 of records of 19 bytes, little-endian:
+
+    form      1 byte     0: not known, 1: fp32, bf16, integers and other exact ones, 2: fp16, 3: quantised
+    numel     4 bytes    number of values, at most 2^32 - 1
+    digest    4 bytes    of the values rounded to bf16
+    rms       4 bytes    fp32: root of the mean square of the values of at most 128 rows
+    sketch    3 x 2      fp16: the same rows times random signs, divided by their norm
+
+Two weights of form 1 are the same if their digests are: fp32 and bf16 of one checkpoint have one digest. What has been
+rounded to fp16 or quantised has another; such weights are the same if their sketches and norms are, up to what that
+rounding does. A sketch is a random projection: if x % of a matrix changes, so does about x % of its sketch.
+
+Adapters saved before have a fingerprint without a version: names and bytes of all weights in one digest, that holds
+for one precision. It is still computed, for them alone.
+"""
+
+import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import logging
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 from torch import nn
 from transformers import ProcessorMixin
 
 from .active_adapters import is_adapter_parameter
+from .base_weights import WRAPPER_NAMES, BaseWeight, find_base, list_base_weights
+from .weight_digest import digest_tensors, sum_blocks
 
-# Weights are summed in blocks of this many 64-bit words, small enough for a processor's cache.
-BLOCK_WORDS = 16_384
-# Two fixed pseudo-random factors for each word of a block; shake_256 gives the same on every machine.
-FACTORS = torch.frombuffer(
-    bytearray(hashlib.shake_256(b"speech adapters").digest(2 * 8 * BLOCK_WORDS)), dtype=torch.int64
-).view(2, BLOCK_WORDS)
-# Module names that PEFT and torch.compile put around a base's own.
-WRAPPER_NAMES = {"base_layer", "original_module", "_orig_mod"}
-# Attribute of a model whose weights are partly on the disk, with what `digest_parts` says of all of them.
-CHECKPOINT_DIGEST = "checkpoint_digest"
+logger = logging.getLogger(__name__)
+
+VERSION = 2
+MAX_MESSAGE = 2_000  # characters of differences that a message shows
+# Attribute of a model whose weights are partly on the disk: records of those, by name.
+CHECKPOINT_RECORDS = "checkpoint_records"
 # Entries of a feature extractor that tell of its code and not of the features.
 CODE_ENTRIES = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
+# Entries that are there for people.
+INFORMATIVE_ENTRIES = {"dtype", "weights"}
+
+UNKNOWN, EXACT, HALF, QUANTIZED = range(4)
+RECORD = struct.Struct("<BI4sf3e")
+EMPTY_RECORD = RECORD.pack(UNKNOWN, 0, b"", 0, 0, 0, 0)
+NUM_SIGNS = 3
+PIECE_VALUES = 1 << 20  # values that are rounded at once
+SKETCHED_ROWS = 128
+# Relative change that rounding leaves in a sketch: fp16 against bf16 or fp32 up to 0.1 %, and the sketch's own 0.05 %;
+# NF4 and FP4 9 to 12 %, the less regularly the fewer values there are.
+HALF_TOLERANCE = 0.003
+QUANTIZED_TOLERANCE = (0.2, 5.0)  # and this, divided by the root of the number of values
+NUM_DEVIATIONS = 3
+HALF_RESOLUTION = 1e-6  # smaller numbers are not kept by fp16
 
 
-def fingerprint_base(model: nn.Module) -> dict[str, str | int | None]:
+def fingerprint_base(model: nn.Module, version: int = VERSION) -> dict[str, str | int | None]:
     """
     Returns what the base of `model` is; the same with and without adapters, and after saving and loading.
 
-    Every byte of every parameter and persistent buffer counts. They are summed where they are, a block at a time: each
-    word, and its upper half once more, times a fixed factor, modulo 2^64. That is memory-bound and works on any
-    device, where a cryptographic hash takes the weights to the CPU and longer than reading them. It tells bases apart
-    that differ by training, precision or layout; it is no defence against a forger.
-
     Args:
-        model: A model, with adapters of any PEFT method or without, or a `PeftModel`.
+        model: A model, with adapters of any PEFT method or without, or a `PeftModel`. Its weights may be offloaded.
+        version: 1 for what adapters saved by earlier versions of this code have.
 
     Returns:
-        `architecture` (class and model type), `weights` (32 hexadecimal digits; `None` if some of the weights are not
-        in memory and [`digest_parts`] has not read them), `dtype` (of the parameters) and `num_parameters`.
-
-    Source: multilinear hashing, Lemire and Kaser (arXiv 1202.4961), section 2.
+        The entries from the top of this file that a model gives.
 
     Example:
 
     ```python
+    >>> import torch
     >>> from torch import nn
-    >>> from modeling.fingerprint import fingerprint_base
+    >>> from modeling.fingerprint import fingerprint_base, list_differences
 
     >>> linear = nn.Linear(2, 3).requires_grad_(False)
     >>> _ = linear.weight.fill_(1), linear.bias.zero_()
-    >>> fingerprint_base(linear)  # doctest: +NORMALIZE_WHITESPACE
-    {'architecture': 'Linear', 'weights': 'cdf20ceb2af54a41d21ce449c8c3b13d', 'dtype': 'float32',
-     'num_parameters': 9}
+    >>> before = fingerprint_base(linear)
+    >>> {name: before[name] for name in ("version", "architecture", "dtype", "num_parameters")}
+    {'version': 2, 'architecture': 'Linear', 'dtype': 'float32', 'num_parameters': 9}
+    >>> list_differences(before, fingerprint_base(linear.to(torch.bfloat16)))
+    []
+    >>> _ = linear.weight[0, 0].fill_(2)
+    >>> list_differences(before, fingerprint_base(linear))[1]
+    '1 of 2 tensors differ'
 
     ```
     """
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    tensors = dict(_base_tensors(model))
-    parameters = {id(value): value for name, value in model.named_parameters() if not is_adapter_parameter(name)}
+    model = find_base(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return {
-        "architecture": type(model).__name__ + (f" ({model_type})" if model_type else ""),
-        "weights": digest_tensors(tensors) or getattr(model, CHECKPOINT_DIGEST, None),
-        "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in parameters.values()})),
-        "num_parameters": sum(value.numel() for value in parameters.values()),
+    architecture = type(model).__name__ + (f" ({model_type})" if model_type else "")
+    weights = sorted(list_base_weights(model), key=lambda weight: weight.shape)
+    parameters = [weight for weight in weights if weight.is_parameter]
+    about = {
+        "architecture": architecture,
+        "dtype": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in parameters})),
+        "num_parameters": sum(weight.numel for weight in parameters),
+    }
+    if version == 1:
+        return about | {"weights": digest_tensors(dict(_named_tensors(model)))}
+    of_checkpoint = getattr(model, CHECKPOINT_RECORDS, {})
+    records = [_record_weight(weight) or of_checkpoint.get(weight.name, EMPTY_RECORD) for weight in weights]
+    shapes = repr([weight.shape for weight in weights]).encode()
+    return about | {
+        "version": VERSION,
+        "shapes": hashlib.blake2b(shapes, digest_size=8).hexdigest(),
+        "tensors": base64.b64encode(b"".join(records)).decode(),
+        "weights": _digest_records(records, shapes),
     }
 
 
-def digest_parts(model: nn.Module, read: Callable[[str], Iterator[torch.Tensor]]) -> str:
-    """
-    Returns the `weights` that [`fingerprint_base`] would give if all of them were in memory; they need not be.
+def _digest_records(records: list[bytes], shapes: bytes) -> str | None:
+    fields = [RECORD.unpack(record) for record in records]
+    if any(form == UNKNOWN for form, *_ in fields):
+        return None
+    return hashlib.blake2b(shapes + b"".join(digest for _, _, digest, *_ in fields), digest_size=16).hexdigest()
 
-    Args:
-        model: With weights in memory or on the meta device.
-        read: For the name of a weight that is not in memory, gives its content in order: flat tensors of a multiple of
-            `BLOCK_WORDS` words each but the last, in the precision of the model. Raises a KeyError for a name that it
-            does not know, such as the second one of a tied weight.
+
+def digest_base(model: nn.Module) -> str:
+    """
+    Returns 32 hexadecimal digits over every byte of the base's weights: the key of what was computed with them.
 
     Raises:
-        KeyError: `read` knows a weight under none of its names.
+        ValueError: Some of them cannot be read.
     """
-    tensors = dict(_base_tensors(model))
-    names_of: dict[int, list[str]] = {}
-    for name, value in tensors.items():
-        names_of.setdefault(id(value), []).append(name)
+    digest = hashlib.blake2b(digest_size=16)
+    for weight in list_base_weights(model):
+        if weight.read is None:
+            raise ValueError(f"`model` must have all its weights for a digest of them, got none for {weight.name!r}.")
+        sums = sum_blocks(weight.read()).tolist()
+        digest.update(repr((weight.name, weight.shape, str(weight.dtype), sums)).encode())
+    return digest.hexdigest()
 
-    def sum_parts(value: torch.Tensor) -> list[list[int]]:
-        """The sums of a weight, wherever it is, under whichever of its names it is known."""
-        if not value.is_meta:
-            return _sum_blocks(value)
-        for name in names_of[id(value)]:
-            with suppress(KeyError):
-                return [sums for part in read(name) for sums in _sum_blocks(part)]
-        raise KeyError(names_of[id(value)][0])
 
-    return _digest_sums(tensors, sum_parts)
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers of the base under all names that they have without any wrapper."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        own |= {name: buffer for name, buffer in buffers if name not in module._non_persistent_buffers_set}
+        for name, value in own.items():
+            full_name = f"{prefix}.{name}" if prefix else name
+            if not is_adapter_parameter(full_name):
+                yield ".".join(part for part in full_name.split(".") if part not in WRAPPER_NAMES), value
+
+
+def _record_weight(weight: BaseWeight) -> bytes | None:
+    if weight.read is None:
+        return None
+    value = weight.read()
+    rows = value.reshape(split_shape(weight.shape))
+    pieces = rows.split(rows_at_once(rows.shape[1])) if rows.numel() else ()
+    return record_pieces(weight.shape, pieces, is_quantized=weight.is_quantized)
+
+
+def split_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the rows and columns as which a tensor is read: its first dimension and all others."""
+    num_rows = shape[0] if len(shape) > 1 else 1
+    return num_rows, math.prod(shape) // max(num_rows, 1)
+
+
+def rows_at_once(num_columns: int) -> int:
+    """Returns how many rows a piece has; the digest depends on it."""
+    return max(1, PIECE_VALUES // max(num_columns, 1))
+
+
+@torch.no_grad()
+def record_pieces(shape: tuple[int, ...], pieces: Iterable[torch.Tensor], *, is_quantized: bool = False) -> bytes:
+    """
+    Returns the record of a weight that is read a piece at a time.
+
+    Args:
+        shape: Of the whole weight.
+        pieces: Its rows `(rows, columns)` in order, [`rows_at_once`] in each but the last.
+        is_quantized: Whether the values are those of a quantisation.
+    """
+    num_rows, num_columns = split_shape(shape)
+    sketched = torch.arange(min(num_rows, SKETCHED_ROWS)) * num_rows // max(min(num_rows, SKETCHED_ROWS), 1)
+    digest, sketch, squares = hashlib.blake2b(digest_size=4), torch.zeros(NUM_SIGNS, dtype=torch.float64), 0.0
+    form, begin = EXACT, 0
+    for piece in pieces:
+        if piece.is_complex():
+            piece = torch.view_as_real(piece).flatten(1)
+        form = HALF if piece.dtype == torch.float16 else EXACT
+        rounded = piece.to(torch.bfloat16) if piece.is_floating_point() else piece
+        digest.update(sum_blocks(rounded).cpu().numpy().tobytes())
+        rows = sketched[(sketched >= begin) & (sketched < begin + len(piece))]
+        part = piece[(rows - begin).to(piece.device)].float()
+        signs = _make_signs("columns", part.shape[1]).to(part.device)
+        products = (part @ signs).double().cpu() * _make_signs("rows", num_rows)[rows]
+        sketch += products.sum(0)
+        squares += float(part.double().square().sum())
+        begin += len(piece)
+    norm = math.sqrt(squares)
+    num_sketched = max(len(sketched) * num_columns, 1)
+    values = (sketch / norm).tolist() if norm > 0 and math.isfinite(norm) else [0.0] * NUM_SIGNS
+    numel = min(math.prod(shape), 2**32 - 1)
+    rms = min(norm / math.sqrt(num_sketched), torch.finfo(torch.float32).max)
+    return RECORD.pack(QUANTIZED if is_quantized else form, numel, digest.digest(), rms, *values)
+
+
+@cache
+def _make_signs(axis: str, length: int) -> torch.Tensor:
+    """Fixed random signs `(length, NUM_SIGNS)`; those of a shorter length are their beginning."""
+    content = hashlib.shake_256(f"speech adapters {axis}".encode()).digest(length * NUM_SIGNS)
+    bits = torch.frombuffer(bytearray(content), dtype=torch.uint8) & 1 if length else torch.zeros(0)
+    return (bits.float() * 2 - 1).view(length, NUM_SIGNS)
 
 
 def fingerprint_processor(processor: ProcessorMixin) -> dict[str, str | dict[str, object]]:
@@ -121,6 +244,11 @@ def fingerprint_processor(processor: ProcessorMixin) -> dict[str, str | dict[str
     return fingerprint
 
 
+def find_version(fingerprint: dict[str, object]) -> int:
+    """Returns the version in which a base must be described to be compared with `fingerprint`: 1, or the newest."""
+    return VERSION if "version" in fingerprint else 1
+
+
 def list_differences(theirs: dict[str, object], ours: dict[str, object]) -> list[str]:
     """
     Returns a line for each entry that both fingerprints have and that differs, with both sides.
@@ -136,9 +264,15 @@ def list_differences(theirs: dict[str, object], ours: dict[str, object]) -> list
     ```
     """
     lines = []
-    for key in sorted(theirs.keys() & ours.keys()):
+    ignored = INFORMATIVE_ENTRIES if "version" in theirs else set()
+    for key in sorted((theirs.keys() & ours.keys()) - ignored, key=str):
         left, right = theirs[key], ours[key]
-        if isinstance(left, dict) and isinstance(right, dict):
+        if key == "tensors":
+            if different := _compare_tensors(left, right):
+                digests = [side.get("weights") for side in (theirs, ours)]
+                lines.append(f"weights: {digests[0]!r} / {digests[1]!r}")
+                lines += [different] if theirs.get("shapes") == ours.get("shapes") else []
+        elif isinstance(left, dict) and isinstance(right, dict):
             names = sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
             lines += [f"{key}.{name}: {left.get(name)!r} / {right.get(name)!r}" for name in names]
         elif left != right and None not in (left, right):
@@ -146,47 +280,88 @@ def list_differences(theirs: dict[str, object], ours: dict[str, object]) -> list
     return lines
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of the base under the names that they have without any wrapper."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
-        own |= {name: buffer for name, buffer in buffers if name not in module._non_persistent_buffers_set}
-        for name, value in own.items():
-            full_name = f"{prefix}.{name}" if prefix else name
-            if not is_adapter_parameter(full_name):
-                yield ".".join(part for part in full_name.split(".") if part not in WRAPPER_NAMES), value
-
-
-def digest_tensors(tensors: dict[str, torch.Tensor]) -> str | None:
-    """Returns 32 hexadecimal digits over tensors and their names, or `None` if some are not in memory."""
-    if any(value.is_meta for value in tensors.values()):
-        return None
-    return _digest_sums(tensors, _sum_blocks)
-
-
-def _digest_sums(tensors: dict[str, torch.Tensor], sum_blocks: Callable[[torch.Tensor], list[list[int]]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    sums: dict[int, list[list[int]]] = {}  # a tied tensor is read once
-    for name in sorted(tensors):
-        value = tensors[name]
-        if id(value) not in sums:
-            sums[id(value)] = sum_blocks(value)
-        digest.update(repr((name, tuple(value.shape), str(value.dtype), sums[id(value)])).encode())
-    return digest.hexdigest()
-
-
-def _sum_blocks(value: torch.Tensor) -> list[list[int]]:
+def check_fingerprints(theirs: dict[str, object] | None, ours: dict[str, object], source: str) -> None:
     """
-    For each block of a tensor its two sums modulo 2^64; of integers, so the same in any order.
+    Makes sure that an adapter was made for a base; warns if its files do not say so.
 
-    A difference in the upper half of a word shows in the second sum: modulo 2^64 the first may lose it.
+    Args:
+        theirs: Fingerprint that the adapter carries.
+        ours: That of the base, in the version that [`find_version`] says.
+        source: Where the adapter comes from, for messages.
+
+    Raises:
+        ValueError: The base is another one.
     """
-    content = value.detach().contiguous().reshape(-1).view(torch.uint8)
-    if rest := -len(content) % 8:
-        content = nn.functional.pad(content, (0, rest))
-    factors, upper_factors = FACTORS.to(content.device)
-    sums = []
-    for words in content.view(torch.int64).split(BLOCK_WORDS):
-        sums += [(words * factors[: len(words)]).sum(), ((words >> 32) * upper_factors[: len(words)]).sum()]
-    return torch.stack(sums).view(-1, 2).tolist() if sums else []
+    if theirs is None:
+        logger.warning("%s does not say which base it was made for; it is loaded unchecked.", source)
+        return
+    if differences := list_differences(theirs, ours):
+        raise ValueError(
+            f"`adapter` must be used with the base that it was made for, got {source}, made for another (its base / "
+            f"this one): {'; '.join(differences)[:MAX_MESSAGE]}. Load its own base, or insist with "
+            "`--allow_base_mismatch` (in Python `load_speech_adapter(..., allow_base_mismatch=True)`)."
+        )
+    num_unknown, num_weights = count_unknown(theirs, ours)
+    if num_unknown == num_weights:
+        logger.warning(
+            "%s was made for a base of this architecture and size; whether with the same weights is not known.", source
+        )
+
+
+def count_unknown(theirs: dict[str, object], ours: dict[str, object]) -> tuple[int, int]:
+    """Returns of how many weights the values cannot be compared, and how many there are."""
+    if "version" not in theirs:
+        is_unknown = theirs.get("weights") is None or ours.get("weights") is None
+        return int(is_unknown), 1
+    pairs = list(zip(_read_records(theirs.get("tensors")), _read_records(ours.get("tensors")), strict=False))
+    return sum(UNKNOWN in (left[0], right[0]) for left, right in pairs), len(pairs)
+
+
+def _compare_tensors(theirs: object, ours: object) -> str | None:
+    """How many weights are not the same, in words, or `None` if all are."""
+    left, right = _read_records(theirs), _read_records(ours)
+    if len(left) != len(right):
+        return f"{len(left)} tensors / {len(right)} tensors"
+    pairs = list(zip(left, right, strict=True))
+    if num_different := sum(not _is_same(*pair) for pair in pairs):
+        return f"{num_different} of {len(pairs)} tensors differ"
+    # What no quantised weight shows alone, all of them together do.
+    excess = [change / _allow(*pair) for pair in pairs if _is_rounded(*pair) for change in _list_changes(*pair)]
+    is_apart = excess and sum(value**2 for value in excess) > len(excess)
+    return "rounded tensors differ by more than rounding" if is_apart else None
+
+
+def _read_records(text: object) -> list[tuple]:
+    """The records of a fingerprint of unknown origin; none if it is not one."""
+    try:
+        content = base64.b64decode(text, validate=True)
+        return list(RECORD.iter_unpack(content))
+    except (TypeError, ValueError, struct.error):
+        return []
+
+
+def _is_same(theirs: tuple, ours: tuple) -> bool:
+    if not _is_rounded(theirs, ours):
+        return UNKNOWN in (theirs[0], ours[0]) or theirs[2] == ours[2]
+    scale = max(theirs[3], ours[3])
+    if HALF in (theirs[0], ours[0]) and scale < HALF_RESOLUTION:
+        return True
+    is_of_one_size = abs(theirs[3] - ours[3]) <= scale * _allow(theirs, ours)
+    return is_of_one_size and max(_list_changes(theirs, ours)) <= NUM_DEVIATIONS * _allow(theirs, ours)
+
+
+def _is_rounded(theirs: tuple, ours: tuple) -> bool:
+    """Whether two known weights may be of one checkpoint although their digests differ."""
+    forms = {theirs[0], ours[0]}
+    return UNKNOWN not in forms and theirs[2] != ours[2] and (QUANTIZED in forms or len(forms) == 2)
+
+
+def _allow(theirs: tuple, ours: tuple) -> float:
+    """How much rounding may change a number of a sketch; one of many may be `NUM_DEVIATIONS` times that."""
+    if QUANTIZED not in (theirs[0], ours[0]):
+        return HALF_TOLERANCE
+    return QUANTIZED_TOLERANCE[0] + QUANTIZED_TOLERANCE[1] / math.sqrt(max(theirs[1], 1))
+
+
+def _list_changes(theirs: tuple, ours: tuple) -> list[float]:
+    return [abs(left - right) for left, right in zip(theirs[4:], ours[4:], strict=True)]

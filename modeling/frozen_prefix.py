@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from .active_adapters import is_adapter_parameter
 from .adapter_calls import SHARED, Call
 from .adapters import SpeechAdapterLayer
-from .fingerprint import WRAPPER_NAMES, digest_tensors
+from .base_weights import WRAPPER_NAMES
+from .weight_digest import digest_tensors
 
 # What a kind of adapter looks at, of the module that it wraps; other kinds look at its input and run it themselves.
 STATES_OF_KIND = {

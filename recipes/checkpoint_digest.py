@@ -1,4 +1,4 @@
-"""The fingerprint of a checkpoint's weights, read a block at a time, for a model of which a part is loaded."""
+"""The fingerprint of a checkpoint's weights, read a piece at a time, for a model of which a part is loaded."""
 
 import json
 import logging
@@ -12,12 +12,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from modeling.fingerprint import CHECKPOINT_DIGEST, digest_parts
+from modeling.base_weights import list_base_weights
+from modeling.fingerprint import CHECKPOINT_RECORDS, record_pieces, rows_at_once, split_shape
 
 logger = logging.getLogger(__name__)
 
-# Values read at a time; a multiple of the fingerprint's block in any precision.
-BLOCK_VALUES = 1 << 20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -34,18 +33,22 @@ def note_checkpoint(model: PreTrainedModel) -> None:
     Lets `model`, of which a part is loaded, have the fingerprint of the whole checkpoint that it comes from.
 
     Every byte is read once and none is kept, nor mapped into memory. Where that cannot be done, because the files are
-    no safetensors or their tensors are not the model's one by one, the fingerprint says nothing of the weights.
+    no safetensors or their tensors are not the model's one by one, the fingerprint says nothing of those weights.
 
     Args:
-        model: From [`load_tower_alone`], in the precision of its files.
+        model: From [`load_tower_alone`].
     """
     try:
         places = _find_tensors(model)
-        digest = digest_parts(model, lambda name: _read_blocks(places[name]))
+        records = {}
+        for weight in list_base_weights(model):
+            if weight.read is None:
+                place = places[weight.name]
+                records[weight.name] = record_pieces(weight.shape, _read_pieces(place, weight.shape))
     except (OSError, ValueError, KeyError) as error:
         logger.warning("The adapter will not say which weights it was made for: they cannot be read (%s).", error)
         return
-    setattr(model, CHECKPOINT_DIGEST, digest)
+    setattr(model, CHECKPOINT_RECORDS, records)
 
 
 def _find_tensors(model: PreTrainedModel) -> dict[str, _Place]:
@@ -64,9 +67,11 @@ def _find_tensors(model: PreTrainedModel) -> dict[str, _Place]:
             name, _ = rename_source_key(key, transforms, [], model.base_model_prefix, names)
             start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
             places[name] = _Place(path, start, end, DTYPES[entry["dtype"]])
-    for name, place in places.items():
-        if name in names and names[name].dtype != place.dtype:
-            raise ValueError(f"{name} is {place.dtype} there and {names[name].dtype} here")
+    # A tied weight is in the files under one of its names.
+    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in places or other in places:
+            places.setdefault(name, places.get(other))
+            places.setdefault(other, places[name])
     return places
 
 
@@ -78,12 +83,15 @@ def _list_files(model_name_or_path: str) -> list[Path]:
     return [Path(cached_file(model_name_or_path, name)) for name in sorted(set(index["weight_map"].values()))]
 
 
-def _read_blocks(place: _Place) -> Iterator[torch.Tensor]:
-    block_bytes = BLOCK_VALUES * place.dtype.itemsize
+def _read_pieces(place: _Place, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    num_rows, num_columns = split_shape(shape)
+    if place.end - place.start != num_rows * num_columns * place.dtype.itemsize:
+        raise ValueError(f"a tensor in {place.path} is not of the shape {shape}")
+    piece_bytes = rows_at_once(num_columns) * num_columns * place.dtype.itemsize
     with place.path.open("rb") as file:
         file.seek(place.start)
-        for start in range(place.start, place.end, block_bytes):
-            content = bytearray(min(block_bytes, place.end - start))
+        for start in range(place.start, place.end, piece_bytes):
+            content = bytearray(min(piece_bytes, place.end - start))
             if file.readinto(content) != len(content):
                 raise ValueError(f"{place.path} is truncated")
-            yield torch.frombuffer(content, dtype=place.dtype)
+            yield torch.frombuffer(content, dtype=place.dtype).view(-1, num_columns)

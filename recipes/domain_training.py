@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from data.code_digest import digest_code
 from data.domain_utterances import CachedDomain, DomainCollator, DomainUtterances, PairedUtterances
 from data.feature_cache import build_cache, resolve_cache_folder
-from modeling.fingerprint import fingerprint_base, fingerprint_processor
+from modeling.fingerprint import digest_base, fingerprint_processor
 from recipes.audio_tower import adapt, find_family, find_tower, run_tower, tower_skipped
 from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
 
@@ -283,7 +283,7 @@ def cache_tower(
     """
     keeps_padding = _keeps_padding(collator)
     key = {
-        "tower": fingerprint_base(find_tower(model)),
+        "tower": digest_base(find_tower(model)),
         "keeps_padding": keeps_padding,
         "model_code": digest_code(run_tower, find_tower(model), collator.prompt.extractor),
         **fingerprint_processor(processor),

@@ -20,6 +20,7 @@ from modeling.adapters import ADAPTER_WEIGHTS_NAME, find_active_adapters
 from modeling.fingerprint import fingerprint_base
 
 CONFIG_NAME = "adapter_config.json"
+FIRST_VERSION = Path(__file__).parent / "fixtures" / "adapters_of_version_1"
 
 
 @pytest.fixture
@@ -71,10 +72,65 @@ def test_an_adapter_on_its_own_base_records_no_mismatch(folder, tiny_model):
     assert not tiny_model.peft_config["alice"].base_mismatch_allowed
 
 
-def test_a_base_in_another_precision_is_refused_by_its_precision(folder, tiny_base):
-    model = DeepSpeech2ForCTC.from_pretrained(tiny_base, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="dtype: 'float32' / 'bfloat16'; weights: "):
-        model.load_adapter(str(folder), "alice")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_base_in_another_precision_is_taken_and_another_base_in_it_is_not(folder, tiny_base, dtype):
+    model = DeepSpeech2ForCTC.from_pretrained(tiny_base, dtype=dtype)
+    model.load_adapter(str(folder), "alice")
+    assert find_active_adapters(model) == ["alice"]
+    assert not model.peft_config["alice"].base_mismatch_allowed
+    other = DeepSpeech2ForCTC.from_pretrained(tiny_base, dtype=dtype)
+    with torch.no_grad():
+        other.classifier[1].weight[0, 0] += 1
+    with pytest.raises(ValueError, match="another .*: weights: '.*'; 1 of 28 tensors differ"):
+        other.load_adapter(str(folder), "alice")
+
+
+@pytest.mark.parametrize("kind", ["speech", "lora"])
+def test_an_adapter_saved_before_fingerprints_had_a_version_loads_on_its_base_alone(kind):
+    sums = {"speech": 79.16643944382668, "lora": -108.12775132060051}  # of the logits when it was saved
+    features = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(0))
+    model = DeepSpeech2ForCTC.from_pretrained(FIRST_VERSION / "base")
+    model.load_adapter(str(FIRST_VERSION / kind), "first")
+    with torch.no_grad():
+        assert model.eval()(features).logits.double().sum().item() == pytest.approx(sums[kind], abs=1e-3)
+    assert not model.peft_config["first"].base_mismatch_allowed
+
+    other = DeepSpeech2ForCTC.from_pretrained(FIRST_VERSION / "base")
+    with torch.no_grad():
+        other.classifier[1].weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"another .*: weights: '\w{32}' / '\w{32}'. Load its own base"):
+        other.load_adapter(str(FIRST_VERSION / kind), "first")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_whose_start_changed_the_base_loads_there_and_leaves_another_base_as_it_was(
+    init, tiny_base, tiny_model, tmp_path
+):
+    features = torch.randn(1, 20, 16)
+    tiny_model.add_adapter(LoraConfig(target_modules=["classifier.1"], r=2, init_lora_weights=init), "low")
+    with torch.no_grad():
+        for name, parameter in tiny_model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+        save_adapter(tiny_model, tmp_path / "low")
+        fresh = DeepSpeech2ForCTC.from_pretrained(tiny_base)
+        fresh.load_adapter(str(tmp_path / "low"), "low")
+        torch.testing.assert_close(fresh.eval()(features).logits, tiny_model(features).logits, atol=1e-4, rtol=1e-4)
+
+        other = DeepSpeech2ForCTC.from_pretrained(tiny_base).eval()
+        before = other(features).logits
+        save_file(
+            {
+                "base_model.model.classifier.1.lora_A.weight": torch.zeros(2, 32),
+                "base_model.model.classifier.1.lora_B.weight": torch.zeros(30, 2),
+                "base_model.model.classifier.1.ghost": torch.zeros(1),
+            },
+            tmp_path / "low" / ADAPTER_WEIGHTS_NAME,
+            metadata={"format": "pt"},
+        )
+        with pytest.raises(ValueError, match="must hold exactly the tensors of its configuration"):
+            other.load_adapter(str(tmp_path / "low"), "low")
+        assert torch.equal(other(features).logits, before)
 
 
 def test_another_vocabulary_and_other_features_are_refused(tiny_model, tiny_processor, tiny_base, tmp_path):
