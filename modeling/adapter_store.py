@@ -331,7 +331,7 @@ class AdapterStore:
             return
         twin = _copy_unserved(self.model)
         with without_false_alarms():
-            inject_adapter_in_model(copy.deepcopy(saved.config), twin, name)
+            inject_adapter_in_model(saved.checked_config(), twin, name)
         layers = [layer for layer in twin.modules() if name in getattr(layer, "speech_adapter_blocks", ())]
         for layer, block in zip(layers, slot.blocks.values(), strict=True):
             layer.speech_adapter_blocks[name] = block
