@@ -149,16 +149,18 @@ def evaluate_dataset(
     processor: ProcessorMixin,
     dataset: UtteranceDataset,
     *,
+    adapter_name: str | None = None,
     batch_size: int = 16,
     decoder: BeamDecoder | None = None,
 ) -> dict[str, dict]:
     """
-    Recognises every utterance with the active adapter, if any, and scores the texts.
+    Recognises every utterance with an adapter, if any, and scores the texts.
 
     Args:
         model: CTC model; it is left in evaluation or training mode as it was.
         processor: Its processor.
         dataset: The utterances, without augmentation.
+        adapter_name: The adapter. Default: the active one.
         batch_size: Utterances recognised together, sorted by duration.
         decoder: Beam search; greedy by default.
 
@@ -177,7 +179,9 @@ def evaluate_dataset(
     model.eval()
     for start in tqdm(range(0, len(order), batch_size), desc="evaluating", unit="batch", disable=None):
         rows = order[start : start + batch_size]
-        frames = recognize_batch(model, collate([dataset[row] for row in rows]), as_log_probs=decoder is not None)
+        names = None if adapter_name is None else [adapter_name] * len(rows)
+        batch = collate([dataset[row] for row in rows])
+        frames = recognize_batch(model, batch, adapter_names=names, as_log_probs=decoder is not None)
         texts = [decoder.decode(row) for row in frames] if decoder else processor.batch_decode(frames)
         for row, text in zip(rows, texts, strict=True):
             hypotheses[row] = clean_text(text)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
@@ -78,6 +79,8 @@ class PersonalArguments:
 @dataclass
 class PersonalTrainingArguments(RecipeTrainingArguments):
     """Training arguments with defaults for seconds to a minute of speech."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "wer", "cer")
 
     num_train_epochs: float = field(default=60, metadata={"help": "Passes over the speech."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Utterances of a step."})

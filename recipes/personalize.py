@@ -108,6 +108,7 @@ def main() -> None:
         data_collator=frozen.collator(num_workers=training_args.dataloader_num_workers),
         processing_class=processor,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        score=lambda: score_datasets(model, processor, {"": data.evaluation[""]}, batch_size)[""],
     )
 
     # Train

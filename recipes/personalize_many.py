@@ -20,6 +20,7 @@ from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off
 from recipes.arguments import CorpusArguments
 from recipes.cached_training import CacheArguments, FrozenPart
 from recipes.card import CardArguments
+from recipes.decoding import evaluate_dataset
 from recipes.personal_adapters import (
     ALL_SPEAKERS,
     MAX_TRAINABLE_SHARE,
@@ -177,12 +178,22 @@ class StackRunner:
         frozen = FrozenPart(self.model, self.processor, self.arguments[CacheArguments], batch_size=batch_size)
         # Makes optimizers and schedules; it insists on data if the arguments ask for evaluations.
         trainer = AdapterTrainer(model=self.model, args=self.training_args, eval_dataset=datas[0].evaluation[""])
-        members = [
-            StackMember(
-                name, blocks[name], frozen.prepare(data.train), self._evaluation(frozen, data), trainer=trainer
+        members = []
+        for name, data in zip(names, datas, strict=True):
+            evaluation = self._evaluation(frozen, data)
+            options = {"adapter_name": name, "batch_size": batch_size}
+            score = partial(evaluate_dataset, self.model, self.processor, data.evaluation[""], **options)
+            members.append(
+                StackMember(
+                    name,
+                    blocks[name],
+                    frozen.prepare(data.train),
+                    evaluation,
+                    trainer=trainer,
+                    speaker_id=data.speaker_id,
+                    score=lambda score=score: score()["overall"],
+                )
             )
-            for name, data in zip(names, datas, strict=True)
-        ]
         train_stack(self.model, members, frozen.collate)
         self.model.eval()
 

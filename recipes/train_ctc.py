@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
@@ -84,6 +85,8 @@ class TrainingCorpusArguments(CorpusArguments):
 @dataclass
 class CTCTrainingArguments(RecipeTrainingArguments):
     """Training arguments with defaults for a recogniser of a few million parameters, from scratch."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "wer", "cer")
 
     num_train_epochs: float = field(default=24, metadata={"help": "Passes over the speech."})
     per_device_train_batch_size: int = field(default=12, metadata={"help": "Utterances of a step."})
@@ -227,6 +230,8 @@ def main() -> None:
     train_dataset, eval_dataset = encode(train_corpus, augmentation), encode(eval_corpus, None)
 
     # Trainer
+    batch_size = training_args.per_device_eval_batch_size
+    score = partial(evaluate_dataset, model, processor, eval_dataset, batch_size=batch_size)
     trainer = AdapterTrainer(
         model=model,
         args=training_args,
@@ -234,6 +239,7 @@ def main() -> None:
         eval_dataset=eval_dataset,
         data_collator=CTCCollator(processor),
         processing_class=processor,
+        score=lambda: score()["overall"],
     )
 
     # Train and save
@@ -241,7 +247,7 @@ def main() -> None:
     trainer.save_model()
 
     # Evaluate
-    scores = evaluate_dataset(model, processor, eval_dataset, batch_size=training_args.per_device_eval_batch_size)
+    scores = score()
     results = {
         "eval_wer": scores["overall"]["wer"],
         "eval_cer": scores["overall"]["cer"],

@@ -2,9 +2,10 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from peft import PeftModel
@@ -24,11 +25,20 @@ from modeling.adapters import (
     name_on_disk,
     save_adapter,
 )
+from recipes.honoured_arguments import HONOURED_BY_TRAINER, check_honoured, check_needed, list_changed
 
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with this project's defaults and the tri-stage schedule."""
+    """
+    `TrainingArguments` with this project's defaults and the tri-stage schedule. What nothing honours is refused.
+
+    Attributes:
+        metrics: What `metric_for_best_model` may name; of all of them the smallest is the best.
+        changed: Names of the arguments that were given other values than their defaults.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
 
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps; below 1, a share of all."})
     report_to: str = field(default="none", metadata={"help": "Where to report, as in TrainingArguments."})
@@ -48,12 +58,37 @@ class RecipeTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self.changed = list_changed(self)
+        check_honoured(self.changed, HONOURED_BY_TRAINER, loop="the training")
+        self._check_best()
+        check_needed(self, self.changed)
         super().__post_init__()
+        if self.mixed_precision == "fp16" and self.device.type == "cpu":
+            raise ValueError("`fp16` must be off on a CPU, where it does nothing, got on. Use `bf16` or neither.")
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true"
         if self.tri_stage and not 0 < self.final_lr <= self.learning_rate:
             raise ValueError(
                 f"`final_lr` must be above 0 and at most `learning_rate` ({self.learning_rate}), got {self.final_lr}."
+            )
+
+    @property
+    def best_metric(self) -> str:
+        """Name of the error rate by which models are compared."""
+        return (self.metric_for_best_model or "loss").removeprefix("eval_")
+
+    def _check_best(self) -> None:
+        if self.best_metric not in self.metrics:
+            raise ValueError(
+                f"`metric_for_best_model` must be {' or '.join(self.metrics)}, got {self.metric_for_best_model!r}."
+            )
+        if self.greater_is_better is None:
+            self.greater_is_better = False  # the library takes all but losses for scores
+        is_in_steps = self.load_best_model_at_end and self.save_strategy == self.eval_strategy == "steps"
+        if is_in_steps and self.save_steps != (self.eval_steps or self.logging_steps):
+            raise ValueError(
+                f"`save_steps` must be `eval_steps` with `load_best_model_at_end`, got {self.save_steps} and "
+                f"{self.eval_steps}. The best model could be one that was not saved."
             )
 
 
@@ -209,10 +244,15 @@ class AdapterTrainer(Trainer):
     """
     The Trainer of every recipe. With adapters on the model, checkpoints hold adapters only, a resumed run equals the
     uninterrupted one, and the best adapter comes back at the end; without, it is the stock Trainer.
+
+    Args:
+        score: Returns the error rates of the evaluation data by name, `wer` and `cer`, if the best model is chosen by
+            one of them.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, score: Callable[[], Mapping[str, float]] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.score = score
         self.add_callback(DatasetEpochCallback())
         self.add_callback(DropoutCallback())
 
@@ -220,6 +260,13 @@ class AdapterTrainer(Trainer):
         if model.training and has_adapters(self._unwrapped()):
             set_frozen_modules_to_eval(model)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.score and self.args.best_metric != "loss":
+            rates = self.score()
+            output.metrics.update({f"{metric_key_prefix}_{name}": rates[name] for name in ("wer", "cer")})
+        return output
 
     def _unwrapped(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

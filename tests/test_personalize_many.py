@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,54 @@ def test_personalize_all_stops_each_speaker_early_as_a_run_alone_does(personaliz
         assert len(trained_steps) == num_steps < num_planned
 
 
+BEST = ("--load_best_model_at_end", "true", "--early_stopping_patience", 1, "--learning_rate", "0.1")
+BEST_OF_EPOCHS = ("--eval_strategy", "epoch", "--save_strategy", "epoch", *BEST, "--num_train_epochs", 6)
+BEST_OF_SHARES = ("--eval_strategy", "steps", "--eval_steps", "0.3", "--save_strategy", "steps", "--save_steps", "0.3",
+                  *BEST, "--max_steps", 10)  # fmt: skip
+PLATEAU = ("--eval_strategy", "epoch", "--lr_scheduler_type", "reduce_lr_on_plateau", "--learning_rate", "0.1",
+           "--lr_scheduler_kwargs", '{"factor": 0.5, "patience": 0}', "--num_train_epochs", 6)  # fmt: skip
+
+
+def read_logs(capsys) -> list[dict]:
+    """What was logged of trainings and evaluations, without their speeds."""
+    lines = re.findall(r"^\{'.*\}$", capsys.readouterr().out, re.MULTILINE)
+    logs = [{key: value for key, value in literal_eval(line).items() if "_per_" not in key} for line in lines]
+    return [row | {"eval_runtime": None} for row in logs if "train_runtime" not in row]
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_evaluations"),
+    [
+        (BEST_OF_SHARES, range(2, 5)),
+        ((*BEST_OF_EPOCHS, "--metric_for_best_model", "wer"), range(2, 7)),
+        ((*BEST_OF_EPOCHS, "--greater_is_better", "true", "--eval_delay", 2), range(2, 6)),
+        (PLATEAU, [6]),
+    ],
+    ids=["shares", "wer", "greatest", "plateau"],
+)
+def test_personalize_all_evaluates_stops_and_logs_as_a_run_alone_does(personalize, capsys, flags, num_evaluations):
+    flags = (*flags, "--logging_steps", "0.2", "--logging_first_step", "--disable_tqdm", "true")
+    together = personalize("all", "all", flags=flags)
+    logs = read_logs(capsys)
+    for speaker in ("ann", "ben"):
+        assert_close(personalize(speaker, speaker, flags=flags), together / speaker, atol=1e-3)
+        alone = read_logs(capsys)
+        own = [{key: row[key] for key in row if key != "speaker"} for row in logs if row["speaker"] == speaker]
+        assert len([row for row in own if "eval_loss" in row]) in num_evaluations
+        assert [row.keys() for row in own] == [row.keys() for row in alone]
+        for row, other in zip(own, alone, strict=True):
+            assert {key: float(row[key]) for key in row if row[key]} == pytest.approx(
+                {key: float(other[key]) for key in other if other[key]}, rel=2e-3
+            )
+
+
+def test_personalize_all_lowers_the_learning_rate_where_the_loss_stays(personalize, capsys):
+    personalize("all", "all", flags=(*PLATEAU, "--logging_strategy", "epoch", "--disable_tqdm", "true"))
+    rates = {float(row["learning_rate"]) for row in read_logs(capsys) if "learning_rate" in row}
+    assert len(rates) > 1
+    assert rates <= {0.1 * 0.5**step for step in range(6)}
+
+
 def test_personalize_all_writes_adapters_that_load_and_a_summary(personalize, small_base):
     together = personalize("all", "all")
     summary = json.loads((together / "eval_results.json").read_text())
@@ -166,9 +215,15 @@ def test_personalize_all_refuses_to_overwrite_a_speaker(personalize):
     [
         (("--unfreeze_base",), "`unfreeze_base` makes one model"),
         (("--speakers_per_stack", 0), "`speakers_per_stack` must be at least 1, got 0"),
-        (("--gradient_accumulation_steps", 2), "`gradient_accumulation_steps` must be 1 for several speakers, got 2"),
-        (("--metric_for_best_model", "wer"), "`metric_for_best_model` must be loss for several speakers, got 'wer'"),
-        (("--bf16", "--use_cpu"), "`bf16` and `fp16` must be off for several speakers"),
+        (("--gradient_accumulation_steps", 2), "`gradient_accumulation_steps` must be left .* training of several"),
+        (("--train_sampling_strategy", "group_by_length"), "`train_sampling_strategy` must be left at the default"),
+        (
+            ("--dataloader_num_workers", 1, "--dataloader_drop_last"),
+            "`dataloader_drop_last`, `dataloader_num_workers`",
+        ),
+        (("--metric_for_best_model", "bleu"), "`metric_for_best_model` must be loss or wer or cer, got 'bleu'"),
+        (("--bf16", "--use_cpu"), "`bf16` must be left at the default: the training of several speakers"),
+        (("--save_strategy", "epoch"), "`save_strategy` must be no for several speakers, got epoch"),
         (("--push_to_hub",), "`push_to_hub` takes one speaker, got several"),
     ],
 )
@@ -243,6 +298,13 @@ def test_personalize_all_leaves_out_a_speaker_whose_recordings_cannot_be_used(
 def test_personalize_refuses_an_unknown_speaker_among_several_before_it_trains(personalize, tmp_path):
     with pytest.raises(ValueError, match=r"`speaker_id` must be one of the 2 speakers .*, got '\.\./ann'"):
         personalize("out", "ann", "../ann")
+    assert not (tmp_path / "out").exists()
+
+
+def test_personalize_all_refuses_the_mixed_precision_of_a_launcher(personalize, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="Mixed precision .* must be off for several speakers, got bf16"):
+        personalize("out", "ann", "ben")
     assert not (tmp_path / "out").exists()
 
 
