@@ -252,11 +252,24 @@ class UtteranceDataset(torch.utils.data.Dataset):
         self.groups = join_clips(
             self.speaker_ids, minimum=minimum, maximum=maximum, seed=self.seed, order_seed=self.seed + self.epoch
         )
+        self.pauses = [self._draw_pauses(index) for index in range(len(self.groups))]
+
+    def _draw_pauses(self, index: int) -> list[int]:
+        if not self.augmentation or not self.augmentation.pause_share:
+            return []
+        # A generator of their own: the lengths of all utterances are wanted before any is made.
+        generator = np.random.default_rng([self.seed, self.epoch, index, 1])
+        group = self.groups[index]
+        has_words = len(group) == 1 and " " in self.texts[group[0]]
+        return self.augmentation.draw_pauses(len(group) + 1 + has_words, generator)
 
     @property
     def lengths(self) -> list[int]:
-        """Samples of every utterance, for batches of similar length."""
-        return [sum(self.num_samples[row] for row in group) for group in self.groups]
+        """Samples of every utterance, pauses included, for batches of similar length."""
+        return [
+            sum(self.num_samples[row] for row in group) + sum(pauses)
+            for group, pauses in zip(self.groups, self.pauses, strict=True)
+        ]
 
     @property
     def speakers(self) -> list[str]:
@@ -291,14 +304,18 @@ class UtteranceDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.groups)
 
+    def hear(self, index: int, generator: np.random.Generator) -> np.ndarray:
+        """Returns the samples `(samples,)` of one utterance; `generator` draws how it is augmented."""
+        clips = [self.clips[row]["samples"] for row in self.groups[index]]
+        if self.augmentation:
+            return self.augmentation.hear(clips, self.pauses[index], generator)
+        return np.concatenate(clips)
+
     def __getitem__(self, index: int) -> dict:
         """Returns `input_features` `(frames, mel)` and `labels` `(tokens,)` of one utterance."""
         generator = np.random.default_rng([self.seed, self.epoch, index])
-        samples = [self.clips[row]["samples"] for row in self.groups[index]]
-        if self.augmentation:
-            samples = [self.augmentation.change_speed(clip, generator) for clip in samples]
         extractor = self.processor.feature_extractor
-        features = extractor.normalize(extractor.log_mel(np.concatenate(samples)))
+        features = extractor.normalize(extractor.log_mel(self.hear(index, generator)))
         if self.augmentation:
             features = self.augmentation.mask(features, generator)
         reference = " ".join(self.texts[row] for row in self.groups[index])

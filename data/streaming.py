@@ -58,8 +58,10 @@ def stream_utterances(
         if fault := find_fault(name, text, clip):
             rows.note(fault)
             return {"input_features": [], "labels": labels, "is_usable": False}
-        samples = augmentation.change_speed(clip["samples"], generator)
-        needed, there = count_ctc_frames(labels), len(samples) // samples_per_logit + 1
+        pauses = augmentation.draw_pauses(2 + (" " in text), np.random.default_rng([seed, index, 1]))
+        samples = augmentation.hear([clip["samples"]], pauses, generator)
+        # Pauses are no room for words.
+        needed, there = count_ctc_frames(labels), (len(samples) - sum(pauses)) // samples_per_logit + 1
         rows.note(f"{name}: CTC needs {needed} frames, {there} are there" if needed > there else None)
         features = extractor.normalize(extractor.log_mel(samples))
         return {

@@ -10,7 +10,7 @@ from functools import partial
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
 
-from data.augmentation import Augmentation
+from data.augmentation import RecipeAugmentation
 from data.corpora import load_corpus
 from data.text import set_language
 from modeling.adapter_files import read_adapter
@@ -41,7 +41,7 @@ from recipes.trainer import AdapterTrainer, check_trainable
 ARGUMENTS = (
     PersonalArguments,
     CorpusArguments,
-    Augmentation,
+    RecipeAugmentation,
     CacheArguments,
     CardArguments,
     PersonalTrainingArguments,

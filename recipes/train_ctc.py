@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTC
 
 from data.annotations import read_transcripts
 from data.asr import UtteranceDataset, decode_clips
-from data.augmentation import Augmentation
+from data.augmentation import Augmentation, RecipeAugmentation
 from data.collators import CTCCollator
 from data.corpora import load_corpus
 from data.speakers import select_speakers
@@ -52,7 +52,7 @@ class ModelArguments:
         default="utterance",
         metadata={
             "help": "Features have mean 0 and deviation 1 over the utterance or bin.",
-            "choices": ["utterance", "bin"],
+            "choices": ["utterance", "bin", "speech"],
         },
     )
     text_unit: str = field(
@@ -102,7 +102,7 @@ class CTCTrainingArguments(RecipeTrainingArguments):
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints, as in TrainingArguments."})
 
 
-ARGUMENTS = (ModelArguments, TrainingCorpusArguments, Augmentation, CardArguments, CTCTrainingArguments)
+ARGUMENTS = (ModelArguments, TrainingCorpusArguments, RecipeAugmentation, CardArguments, CTCTrainingArguments)
 
 
 def build_model(
