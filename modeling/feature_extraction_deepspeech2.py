@@ -1,5 +1,6 @@
 """Log-mel features of DeepSpeech2."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,10 +8,17 @@ import torch
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
+NORMALIZATIONS = ("utterance", "bin", "speech")
 # Power below which a mel band counts as silence (-100 dB of full scale), so that the logarithm is finite.
 POWER_FLOOR = 1e-10
 # Standard deviations below it are digital silence; dividing by them would blow rounding errors up.
 DEVIATION_FLOOR = 1e-5
+# With `normalization="speech"`: a frame is speech if its power is at most so far below the utterance's level, ...
+SPEECH_RANGE_DB = 20.0
+# ... cells further below the level are set to it, and ...
+FLOOR_DB = 45.0
+# ... deviations below it (5 dB, in natural logarithms of power) are not of speech but of noise or of an empty band.
+SPEECH_DEVIATION_FLOOR = 1.15
 # Frames that are transformed together: their spectra stay in the cache of a core.
 BLOCK_FRAMES = 256
 # Mel bins whose filters are multiplied together, by the bins of the spectrum that any of them reads. Filters are zero
@@ -29,7 +37,9 @@ class DeepSpeech2FeatureExtractor(SequenceFeatureExtractor):
         win_length (`int`): Samples of the Hann window (320 is 20 ms at 16 kHz).
         n_fft (`int`): Samples of the Fourier transform.
         normalization (`str`): `"utterance"` (one mean and deviation over the whole utterance, as KoSpeech) or `"bin"`
-            (one for each mel bin, which also removes a constant channel).
+            (one for each mel bin, which also removes a constant channel), or `"speech"`: `"bin"` over the frames that
+            carry speech, with a floor relative to their level, so that what a frame of speech looks like does not
+            depend on how much silence stands around it, nor on the recording's level.
         padding_value (`float`): Value of frames beyond an utterance's end.
     """
 
@@ -54,8 +64,8 @@ class DeepSpeech2FeatureExtractor(SequenceFeatureExtractor):
             return_attention_mask=return_attention_mask,
             **kwargs,
         )
-        if normalization not in ("utterance", "bin"):
-            raise ValueError(f'`normalization` must be "utterance" or "bin", got {normalization!r}.')
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"`normalization` must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}.")
         if not 0 < win_length <= n_fft:
             raise ValueError(f"`win_length` must be from 1 to `n_fft` ({n_fft}), got {win_length}.")
         self.hop_length, self.win_length, self.n_fft = hop_length, win_length, n_fft
@@ -101,6 +111,8 @@ class DeepSpeech2FeatureExtractor(SequenceFeatureExtractor):
 
     def normalize(self, features: torch.Tensor) -> torch.Tensor:
         """Returns `features` `(frames, mel)` with mean 0 and deviation 1 over the utterance, or over each bin."""
+        if self.normalization == "speech":
+            return normalize_speech(features)
         dim = 0 if self.normalization == "bin" else (0, 1)
         deviation, mean = torch.std_mean(features, dim=dim, keepdim=True, correction=0)
         return (features - mean) / deviation.clamp(min=DEVIATION_FLOOR)
@@ -149,6 +161,22 @@ class DeepSpeech2FeatureExtractor(SequenceFeatureExtractor):
         """Leaves out the filters and the window, which follow from the other settings."""
         derived = ("mel_filters", "mel_bands", "window")
         return {key: value for key, value in super().to_dict().items() if key not in derived}
+
+
+def normalize_speech(features: torch.Tensor) -> torch.Tensor:
+    """
+    Returns log-mel `features` `(frames, mel)` with mean 0 and deviation 1 over each bin of the frames of speech.
+
+    The level of an utterance is the mean of its frames' power, weighted by this power, so silence has no part in it.
+    """
+    power = features.double().exp()
+    frame_power = power.mean(dim=1)  # (frames,)
+    level = (frame_power.square().sum() / frame_power.sum()).log()
+    decibel = math.log(10) / 10
+    floored = features.clamp(min=float(level) - FLOOR_DB * decibel)
+    speech = floored[frame_power.log() >= level - SPEECH_RANGE_DB * decibel]
+    deviation, mean = torch.std_mean(speech, dim=0, keepdim=True, correction=0)
+    return (floored - mean) / deviation.clamp(min=SPEECH_DEVIATION_FLOOR)
 
 
 def split_into_bands(mel_filters: np.ndarray) -> list[tuple[slice, slice, torch.Tensor]]:
