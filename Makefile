@@ -18,6 +18,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.personal_training
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.personalization --dataset $(DATASET) --output_dir outputs/personalization
+	$(BIN)/python -m benchmarks.robustness --dataset $(DATASET) --output_dir outputs/personalization
 	$(BIN)/python -m benchmarks.cache_precision --dataset $(DATASET) --base outputs/personalization/base_without_theo
 	$(BIN)/python -m benchmarks.domain_adapters --dataset $(DATASET) --output_dir outputs/domain --tables all
 

@@ -14,7 +14,7 @@ from statistics import mean
 from benchmarks.results_file import store_result
 from data.corpora import load_corpus
 from recipes.launch import run_recipe
-from recipes.report import format_table
+from recipes.report import RESULTS_NAME, format_table
 
 SECONDS = (5, 10, 30, 60)
 
@@ -24,31 +24,42 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def train_base(dataset: str, speaker: str, folder: Path) -> Path:
+    """Returns the folder of a base trained without `speaker`, of an earlier run if there is one."""
+    base = folder / f"base_without_{speaker}"
+    if not (base / RESULTS_NAME).exists():
+        run_recipe("train_ctc", config="train_ctc_fsdd", dataset=dataset, exclude_speakers=speaker, output_dir=base)
+    return base
+
+
+def train_adapter(dataset: str, speaker: str, others: list[str], folder: Path, *, seconds: int) -> Path:
+    """Returns the folder of an adapter for `speaker` from `seconds` of speech, of an earlier run if there is one."""
+    output = folder / f"{speaker}_{seconds}s"
+    if not (output / RESULTS_NAME).exists():
+        run_recipe(
+            "personalize",
+            config="personalize_fsdd",
+            model_name_or_path=train_base(dataset, speaker, folder),
+            dataset=dataset,
+            speaker_id=speaker,
+            max_train_seconds=seconds,
+            base_eval_speakers=others,
+            output_dir=output,
+        )
+    return output
+
+
 def measure_speaker(dataset: str, speaker: str, others: list[str], folder: Path) -> list[dict]:
     """Trains a base without `speaker` and adapters for `speaker`; returns one row a number of seconds."""
-    base = folder / f"base_without_{speaker}"
-    if not (base / "eval_results.json").exists():
-        run_recipe("train_ctc", config="train_ctc_fsdd", dataset=dataset, exclude_speakers=speaker, output_dir=base)
-    base_results = read_json(base / "eval_results.json")
+    base_results = read_json(train_base(dataset, speaker, folder) / RESULTS_NAME)
     rows = []
     for seconds in SECONDS:
-        output = folder / f"{speaker}_{seconds}s"
-        if not (output / "eval_results.json").exists():
-            run_recipe(
-                "personalize",
-                config="personalize_fsdd",
-                model_name_or_path=base,
-                dataset=dataset,
-                speaker_id=speaker,
-                max_train_seconds=seconds,
-                base_eval_speakers=others,
-                output_dir=output,
-            )
+        output = train_adapter(dataset, speaker, others, folder, seconds=seconds)
         rows.append(
             {
                 "speaker": speaker,
                 "seconds": seconds,
-                **{key: value for key, value in read_json(output / "eval_results.json").items() if key != "run"},
+                **{key: value for key, value in read_json(output / RESULTS_NAME).items() if key != "run"},
                 "base_train_runtime": base_results["train_runtime"],
             }
         )
