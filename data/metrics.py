@@ -1,10 +1,15 @@
 """Word and character error rates over jiwer, offline, pooled over a corpus and by speaker."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import datasets
 import evaluate
 import jiwer
+
+from .scripts import has_spaces
+
+logger = logging.getLogger(__name__)
 
 FEATURES = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
 COUNTS = ("substitutions", "insertions", "deletions")
@@ -61,7 +66,9 @@ class CharacterErrorRate(evaluate.Metric):
         return {"cer": rate, **counts, "characters": total}
 
 
-def score_by_speaker(hypotheses: Sequence[str], references: Sequence[str], speakers: Sequence[str]) -> dict[str, dict]:
+def score_by_speaker(
+    hypotheses: Sequence[str], references: Sequence[str], speakers: Sequence[str], *, language: str | None = None
+) -> dict[str, dict]:
     """
     Scores a corpus as a whole and each of its speakers.
 
@@ -69,24 +76,33 @@ def score_by_speaker(hypotheses: Sequence[str], references: Sequence[str], speak
         hypotheses: What was recognised, one an utterance.
         references: What was said.
         speakers: Who said it; "" for nobody known, who counts in the whole alone.
+        language: Code of what they speak, if known.
 
     Returns:
         `{"overall": scores, "speakers": {name: scores}}`, names sorted. Scores are `wer` and `cer` (1.0 is 100 %),
-        word-level `substitutions`, `insertions` and `deletions`, `words`, `characters` and `utterances`.
+        word-level `substitutions`, `insertions` and `deletions`, `words`, `characters` and `utterances`, and `rate`,
+        the one that judges: "cer" where no spaces part words, as [`has_spaces`] tells, so that a whole transcript is
+        one word. A speaker whose references are all empty counts in the whole alone, with a warning.
 
     Raises:
-        ValueError: The three differ in number, or the references of a speaker, or all, are empty.
+        ValueError: The three differ in number, or all references are empty.
     """
     if not len(hypotheses) == len(references) == len(speakers):
         raise ValueError(
             "`hypotheses`, `references` and `speakers` must be as many, got "
             f"{len(hypotheses)}, {len(references)} and {len(speakers)}. Give one of each an utterance."
         )
-    by_speaker = {}
+    rate = "wer" if has_spaces(references, language) else "cer"
+    by_speaker, without = {}, []
     for speaker in sorted(set(speakers) - {""}):
         rows = [row for row, other in enumerate(speakers) if other == speaker]
-        by_speaker[speaker] = _score([hypotheses[row] for row in rows], [references[row] for row in rows])
-    return {"overall": _score(hypotheses, references), "speakers": by_speaker}
+        if any(references[row].strip() for row in rows):
+            by_speaker[speaker] = _score([hypotheses[row] for row in rows], [references[row] for row in rows], rate)
+        else:
+            without.append(speaker)
+    if without:
+        logger.warning("No reference of these speakers has a word, so that they have no rate: %s.", ", ".join(without))
+    return {"overall": _score(hypotheses, references, rate), "speakers": by_speaker}
 
 
 def format_score_table(scores: Mapping[str, Mapping]) -> str:
@@ -111,12 +127,12 @@ def format_score_table(scores: Mapping[str, Mapping]) -> str:
     return "\n".join(lines)
 
 
-def _score(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
+def _score(hypotheses: Sequence[str], references: Sequence[str], rate: str) -> dict[str, float | int | str]:
     pairs = {"predictions": list(hypotheses), "references": list(references)}
     words, characters = WordErrorRate().compute(**pairs), CharacterErrorRate().compute(**pairs)
     counts = {name: words[name] for name in COUNTS}
     totals = {"words": words["words"], "characters": characters["characters"], "utterances": len(hypotheses)}
-    return {"wer": words["wer"], "cer": characters["cer"], **counts, **totals}
+    return {"wer": words["wer"], "cer": characters["cer"], "rate": rate, **counts, **totals}
 
 
 def _count_errors(align, predictions: list[str], references: list[str]) -> tuple[float, dict[str, int], int]:

@@ -4,7 +4,7 @@
 """
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import regex
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
@@ -125,7 +125,7 @@ def fold_final_sigma(text: str) -> str:
     return _apply(FINAL_SIGMA, text)
 
 
-def has_spaces(texts: list[str], language: str | None = None) -> bool:
+def has_spaces(texts: Sequence[str], language: str | None = None) -> bool:
     """
     Returns whether words are apart in normalised transcripts, so that they can be counted.
 

@@ -15,7 +15,8 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
 from modeling.adapter_files import describe_adapter
 from modeling.files import write_whole
-from recipes.report import RESULTS_NAME, format_table, write_results
+from recipes.pictures import escape_control
+from recipes.report import RESULTS_NAME, escape_markdown, format_code, format_code_block, format_table, write_results
 
 CARD_NAME = "README.md"
 RUN_KEY = "run"  # of eval_results.json: what the card says besides the results
@@ -197,20 +198,20 @@ def render_card(folder: str | Path, subject: CardSubject, *, repository: str | N
     results = read_results(folder)
     is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     usage = (subject.usage or (ADAPTER_USAGE if is_adapter else MODEL_USAGE)).format(
-        repository=repository,
-        base=subject.base,
+        repository=_escape_quoted(repository),
+        base=_escape_quoted(subject.base or ""),
         revision=f'revision="{subject.base_revision}", ' if subject.base_revision else "",
         name=re.sub(r"[^\w-]", "_", name),
     )
     sections = [
         f"---\n{_metadata(subject, results, name, is_adapter).to_yaml()}\n---",
-        f"# {name}\n\n{subject.description}",
+        f"# {escape_markdown(name)}\n\n{subject.description}",
         f"![Results]({subject.picture})" if subject.picture else "",
         f"## Results\n\n{_error_table(subject, results)}" if RATES[0] in _measured_rates(results) else "",
         f"## Facts\n\n{_fact_table(folder, subject, results, is_adapter)}",
         subject.details or "",
         f"## Use\n\n{usage}",
-        f"## Training\n\n```bash\n{subject.command}\n```",
+        f"## Training\n\n{format_code_block(subject.command, 'bash')}",
         subject.versions,
     ]
     text = "\n\n".join(section.strip() for section in sections if section) + "\n"
@@ -244,6 +245,11 @@ def _metadata(subject: CardSubject, results: Mapping, name: str, is_adapter: boo
     )
 
 
+def _escape_quoted(name: str) -> str:
+    """A name as it stands between double quotes in Python."""
+    return escape_control(name.replace("\\", "\\\\").replace('"', '\\"'))
+
+
 def _measured_rates(results: Mapping) -> list[str]:
     """The error rates that there are: none where a part of a model was trained without the rest."""
     return [rate for rate in RATES if f"eval_{rate}" in results]
@@ -251,10 +257,11 @@ def _measured_rates(results: Mapping) -> list[str]:
 
 def _error_table(subject: CardSubject, results: Mapping) -> str:
     """Error rates on the target, and on the base's own test data where they were measured; before too, if known."""
-    places = [("", f"`{subject.dataset}`, split `{subject.split}`")]
+    where = f"{format_code(subject.dataset)}, split {format_code(subject.split)}"
+    places = [("", where)]
     if "others_eval_wer" in results:
-        others = ", ".join(results["base_eval_speakers"])
-        places.append(("others_", f"`{subject.dataset}`, split `{subject.split}`, the base's speakers {others}"))
+        others = ", ".join(map(escape_markdown, results["base_eval_speakers"]))
+        places.append(("others_", f"{where}, the base's speakers {others}"))
     rows = []
     for prefix, place in places:
         for rate in RATES:
@@ -268,7 +275,7 @@ def _error_table(subject: CardSubject, results: Mapping) -> str:
 def _fact_table(folder: Path, subject: CardSubject, results: Mapping, is_adapter: bool) -> str:
     facts = {}
     if subject.base:
-        facts["base"] = f"`{subject.base}`" + (f" at `{subject.base_revision}`" if subject.base_revision else "")
+        facts["base"] = format_code(subject.base) + (f" at `{subject.base_revision}`" if subject.base_revision else "")
     if is_adapter:
         adapter = describe_adapter(folder)
         sizes = f", hidden sizes {adapter['hidden_sizes']}" if adapter["hidden_sizes"] else ""
@@ -282,7 +289,7 @@ def _fact_table(folder: Path, subject: CardSubject, results: Mapping, is_adapter
         facts["trainable"] = f"{results['trainable_parameters']:,} ({share:.2%})"
     seconds = results.get("train_seconds")  # unknown of a stream
     facts["speech"] = "streamed" if seconds is None else f"{seconds / 3600:.3g} hours ({seconds:,.0f} s)"
-    facts["data"] = f"`{subject.dataset}`"
+    facts["data"] = format_code(subject.dataset)
     facts["licence of the data"] = subject.dataset_licence or "not stated"
     facts["language"] = ", ".join(subject.language) if subject.language else "not stated"
     facts["training time"] = f"{results['train_runtime']:.0f} s"

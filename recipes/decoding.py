@@ -16,6 +16,7 @@ from data.asr import UtteranceDataset
 from data.audio import AudioError, AudioSource, audio_seconds
 from data.collators import CTCCollator
 from data.metrics import score_by_speaker
+from data.text import find_language
 from modeling.adapter_store import AdapterStore
 from modeling.adapters import BASE, adapter_rows, load_speech_adapter
 from recipes.beam_search import BeamDecoder, clean_text
@@ -186,7 +187,8 @@ def evaluate_dataset(
         for row, text in zip(rows, texts, strict=True):
             hypotheses[row] = clean_text(text)
     model.train(was_training)
-    return score_by_speaker(hypotheses, dataset.references, dataset.speakers)
+    language = find_language(processor.tokenizer)
+    return score_by_speaker(hypotheses, dataset.references, dataset.speakers, language=language)
 
 
 def transcribe_recordings(

@@ -11,7 +11,7 @@ from pathlib import Path
 from data.synthesis import UNUSUAL_VOICES
 from modeling.files import write_whole
 from recipes.launch import run_recipe
-from recipes.report import RESULTS_NAME, draw_before_after, format_table
+from recipes.report import RESULTS_NAME, draw_speakers, format_table
 
 MAX_TRAIN_SECONDS = 40
 
@@ -61,12 +61,7 @@ def main() -> None:
 
     # Table and picture
     table = format_table([describe_row(row) for row in rows])
-    draw_before_after(
-        folder / "results.png",
-        names=speakers,
-        before=[row["base_wer"] for row in rows],
-        after=[row["eval_wer"] for row in rows],
-    )
+    draw_speakers(folder / "results.png", rows)
     with write_whole(folder) as scratch:
         (scratch / "results.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n\nTable and picture: {folder}/results.md, {folder}/results.png")

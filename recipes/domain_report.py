@@ -17,6 +17,8 @@ from transformers import TrainerCallback
 
 from modeling.adapter_transformer import AdapterMaps, TransformerBlock
 from modeling.files import write_whole
+from recipes.pictures import as_written, escape_control, save_figure, shorten
+from recipes.report import RATE_LABELS
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +26,10 @@ REPORT_NAME = "domain_report.json"
 PICTURE_NAME = "report_{}.png"
 # Beyond these means the gates let nearly nothing or nearly everything pass, and have stopped choosing.
 HEALTHY_GATE = (0.3, 0.7)
-ERROR_KEY = re.compile(r"(?P<domain>.+)_wer_(?P<state>before|off|on|after)")
+ERROR_KEY = re.compile(r"(?P<domain>.+)_(?P<rate>wer|cer)_(?P<state>before|off|on|after)")
 STATES = {"before": "base", "off": "adapter off", "on": "adapter on"}
 GREY, TEAL, ORANGE, PALE = "#9aa5b1", "#1f7a8c", "#d1762b", "#dfe5ea"
 MEL_SECONDS = 0.01  # of a spectrogram's frame, in Whisper and Qwen2-Audio alike
-DPI = 150
 
 
 def name_group(parameter_name: str) -> str:
@@ -201,7 +202,7 @@ def draw_maps(
     heights = [1.2, 2.4] if gates is None else [1.2, 1.2, 2.4]
     figure = Figure(figsize=(6.4, 1.6 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(heights), 1, height_ratios=heights, sharex=True)
-    figure.suptitle(name)
+    figure.suptitle(escape_control(name), **as_written([name]))
     _show(axes[0], spectrogram, extent=(0, padded, 0, len(spectrogram)), label="mel bin", cmap="magma")
     if gates is not None:
         image = _show(axes[1], gates.T, extent=(0, padded, 0, gates.shape[1]), label="channel", vmin=0, vmax=1)
@@ -261,7 +262,7 @@ def draw_clip_maps(
 
 def list_errors(results: Mapping[str, object]) -> dict[str, dict[str, float]]:
     """
-    Returns the word error rates in a recipe's results by domain and state: `before`, adapter `off`, adapter `on`.
+    Returns the error rates in a recipe's results by domain and state: `before`, adapter `off`, adapter `on`.
 
     Example:
 
@@ -299,7 +300,8 @@ def write_domain_report(folder: str | Path, report: Mapping[str, object]) -> lis
     history = report.get("history") or []
     pictures = []
     if errors := list_errors(report.get("results") or {}):
-        pictures.append(_draw_errors(folder, errors))
+        rates = {match["rate"] for match in map(ERROR_KEY.fullmatch, report["results"]) if match}
+        pictures.append(_draw_errors(folder, errors, rate=rates.pop()))
     if history:
         pictures.append(_draw_gradients(folder, history))
     if history and history[-1]["gates"]:
@@ -313,15 +315,15 @@ def write_domain_report(folder: str | Path, report: Mapping[str, object]) -> lis
     return pictures
 
 
-def _draw_errors(folder: Path, errors: Mapping[str, Mapping[str, float]]) -> str:
-    figure, axes = _new_axes("word error rate (%)")
+def _draw_errors(folder: Path, errors: Mapping[str, Mapping[str, float]], *, rate: str) -> str:
+    figure, axes = _new_axes(RATE_LABELS[rate])
     colors = {"before": GREY, "off": PALE, "on": TEAL}
     for offset, (state, label) in zip((-0.27, 0, 0.27), STATES.items(), strict=True):
         there = [(number, rates[state]) for number, rates in enumerate(errors.values()) if state in rates]
         positions = [number + offset for number, _ in there]
         bars = axes.bar(positions, [100 * rate for _, rate in there], 0.25, label=label, color=colors[state])
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-    axes.set_xticks(range(len(errors)), list(errors))
+    axes.set_xticks(range(len(errors)), list(map(shorten, errors)), **as_written(errors))
     axes.margins(y=0.15)
     axes.legend(frameon=False)
     return _save(figure, folder / PICTURE_NAME.format("errors"))
@@ -381,6 +383,5 @@ def _new_axes(label: str, *, height: float = 3.2) -> tuple[Figure, Axes]:
 
 
 def _save(figure: Figure, path: Path) -> str:
-    with write_whole(path.parent) as scratch:
-        figure.savefig(scratch / path.name, dpi=DPI)
+    save_figure(figure, path)
     return path.name

@@ -29,7 +29,7 @@ from recipes.domain_report import (
 )
 from recipes.domain_training import DomainObjective, evaluate_distances
 from recipes.hub import HubTarget
-from recipes.report import print_results, write_results
+from recipes.report import escape_markdown, find_rate, format_code, print_results, write_results
 
 USAGE = """\
 The base and the adapter; the first line makes the kind of adapter known to the library:
@@ -78,7 +78,7 @@ def score_answers(
     hypotheses = [""] * len(references)
     for row, utterance in enumerate(dataset.utterances):
         hypotheses[utterance] = f"{hypotheses[utterance]} {normalize_text(answers[row], language=language)}".strip()
-    return score_by_speaker(hypotheses, references, [""] * len(references))["overall"]
+    return score_by_speaker(hypotheses, references, [""] * len(references), language=language)["overall"]
 
 
 def measure_errors(
@@ -96,7 +96,8 @@ def measure_errors(
     Returns:
         Of both domains `<domain>_wer_before` and, with an adapter, `<source>_wer_off`, `<source>_wer_on`,
         `<target>_wer_off`, `<target>_wer_after` and `gap_closed`, the share of the distance between the domains that
-        is gone (where there was one); `base_wer`, `base_cer`, `eval_wer` and `eval_cer` are the target's.
+        is gone (where there was one), all of them with `cer` where no spaces part words; `base_wer`, `base_cer`,
+        `eval_wer` and `eval_cer` are the target's.
     """
     options = {"dtype": arguments.dtype, "load_in_4bit": arguments.load_in_4bit}
     options |= {"language": arguments.prompt_language}
@@ -110,17 +111,18 @@ def measure_errors(
         return {name: score_answers(model, prompt, dataset, **score) for name, dataset in datasets.items()}
 
     before = run()
-    results: dict[str, float] = {f"{name}_wer_before": rates["wer"] for name, rates in before.items()}
+    judge = find_rate(list(before.values()))
+    results: dict[str, float] = {f"{name}_{judge}_before": rates[judge] for name, rates in before.items()}
     after = before
     if adapter:
         model, prompt = load_chat(arguments.model_name_or_path, adapter, **options)
         with adapters_off(model):
             off = run()
         after = run()
-        results |= {f"{name}_wer_off": rates["wer"] for name, rates in off.items()}
-        results |= {f"{source}_wer_on": after[source]["wer"], f"{target}_wer_after": after[target]["wer"]}
-        if gap := before[target]["wer"] - before[source]["wer"]:
-            results["gap_closed"] = (before[target]["wer"] - after[target]["wer"]) / gap
+        results |= {f"{name}_{judge}_off": rates[judge] for name, rates in off.items()}
+        results |= {f"{source}_{judge}_on": after[source][judge], f"{target}_{judge}_after": after[target][judge]}
+        if gap := before[target][judge] - before[source][judge]:
+            results["gap_closed"] = (before[target][judge] - after[target][judge]) / gap
     for rate in ("wer", "cer"):
         results |= {f"base_{rate}": before[target][rate], f"eval_{rate}": after[target][rate]}
     return results
@@ -261,14 +263,14 @@ def describe_run(
     model: PreTrainedModel,
 ) -> CardSubject:
     """Returns what the card is about."""
-    heard = f"simulated `{arguments.target_domain}`" if arguments.simulate_domain else f"`{arguments.target_domain}`"
+    heard = ("simulated " if arguments.simulate_domain else "") + format_code(arguments.target_domain)
     return CardSubject(
         base=arguments.model_name_or_path,
         base_revision=hub_target.base_revision if hub_target else None,
         dataset=corpus_args.dataset,
         split=corpus_args.eval_split,
-        description=f"Adapter from {arguments.source_domain} to {heard} speech: method {arguments.method}, objective "
-        f"{arguments.objective}.",
+        description=f"Adapter from {escape_markdown(arguments.source_domain)} to {heard} speech: method "
+        f"{arguments.method}, objective {arguments.objective}.",
         language=card_args.language,
         dataset_licence=card_args.dataset_licence,
         usage=USAGE.format(model_class=type(model).__name__),

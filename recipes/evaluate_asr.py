@@ -67,7 +67,11 @@ class EvaluateArguments:
         default="plain", metadata={"help": "transcript_style of base_dataset.", "choices": list(STYLES)}
     )
     max_regression: float = field(
-        default=0.02, metadata={"help": "Most WER that the adapter may add on base_dataset; 0.02 is two points."}
+        default=0.02,
+        metadata={
+            "help": "Most WER (CER where no spaces part words) that the adapter may add on base_dataset; 0.02 is "
+            "two points."
+        },
     )
 
     def __post_init__(self):
@@ -112,13 +116,15 @@ def compare_adapter(score, target: UtteranceDataset, base_domain: UtteranceDatas
 
 
 def format_comparison(scores: dict[str, dict]) -> str:
-    """Returns the scores of [`compare_adapter`] as a table; `change` is in points of WER."""
+    """Returns the scores of [`compare_adapter`] as a table; `change` is in points of the rate that judges."""
     rows = []
     for name, pair in scores.items():
         row = {"data": name, "utterances": pair["on"]["utterances"]}
         for rate in ("wer", "cer"):
             row |= {f"{rate.upper()} {state} %": f"{100 * pair[state][rate]:.2f}" for state in ("off", "on")}
-        rows.append(row | {"change": f"{100 * (pair['on']['wer'] - pair['off']['wer']):+.2f}"})
+        judge = pair["off"]["rate"]
+        unit = "" if judge == "wer" else f" {judge.upper()}"
+        rows.append(row | {"change": f"{100 * (pair['on'][judge] - pair['off'][judge]):+.2f}{unit}"})
     return format_table(rows)
 
 
@@ -144,12 +150,15 @@ def check_regression(scores: dict[str, dict], max_regression: float) -> None:
     Makes sure that the base has not lost.
 
     Raises:
-        SystemExit: The adapter adds more than `max_regression` to the WER on the base's own data.
+        SystemExit: The adapter adds more than `max_regression` to the WER on the base's own data, or to the CER where
+            no spaces part words.
     """
-    regression = scores["base"]["on"]["wer"] - scores["base"]["off"]["wer"]
+    rate = scores["base"]["off"]["rate"]
+    regression = scores["base"]["on"][rate] - scores["base"]["off"][rate]
     if regression > max_regression:
         raise SystemExit(
-            f"The adapter adds {regression:.4f} to the base's WER, more than `max_regression` ({max_regression})."
+            f"The adapter adds {regression:.4f} to the base's {rate.upper()}, more than `max_regression` "
+            f"({max_regression})."
         )
 
 

@@ -20,7 +20,7 @@ from recipes.arguments import CorpusArguments
 from recipes.card import CardArguments, CardSubject, public_name, write_card
 from recipes.decoding import evaluate_dataset, load_adapter
 from recipes.hub import HubTarget
-from recipes.report import draw_before_after, write_results
+from recipes.report import draw_speakers, write_results
 from recipes.stacked import find_blocks
 from recipes.trainer import RecipeTrainingArguments
 
@@ -284,7 +284,7 @@ def collect_results(
     for prefix in before:
         for rate in ("wer", "cer"):
             results |= {f"{prefix}base_{rate}": before[prefix][rate], f"{prefix}eval_{rate}": after[prefix][rate]}
-    results |= {**sizes, "train_runtime": runtime}
+    results |= {"rate": before[""]["rate"], **sizes, "train_runtime": runtime}
     return results | {"speaker_id": data.speaker_id, "train_seconds": round(data.train.seconds, 2)}
 
 
@@ -329,6 +329,5 @@ def save_outcome(
     if personal_args.base_eval_speakers:
         results["base_eval_speakers"] = personal_args.base_eval_speakers
     write_results(folder, results)
-    before_after = {"before": [results["base_wer"]], "after": [results["eval_wer"]]}
-    draw_before_after(Path(folder) / subject.picture, names=[results["speaker_id"]], **before_after)
+    draw_speakers(Path(folder) / subject.picture, [results])
     write_card(folder, subject)

@@ -36,7 +36,7 @@ from recipes.personal_adapters import (
     save_outcome,
     score_datasets,
 )
-from recipes.report import draw_before_after, format_table, write_results
+from recipes.report import draw_speakers, find_rate, format_table, write_results
 from recipes.speaker_folders import name_folders
 from recipes.stacked import StackMember, check_stackable, find_blocks, train_stack
 from recipes.trainer import AdapterTrainer, check_trainable
@@ -222,23 +222,25 @@ class StackRunner:
 
 def summarize(rows: Sequence[dict]) -> dict:
     """Returns what `eval_results.json` of the whole run reports: means, and each speaker's row."""
+    rates = [f"{state}_{rate}" for rate in ("wer", "cer") for state in ("base", "eval")]
     return {
-        "base_wer": mean(row["base_wer"] for row in rows),
-        "eval_wer": mean(row["eval_wer"] for row in rows),
+        **{name: mean(row[name] for row in rows) for name in rates},
+        "rate": find_rate(rows),
         "num_speakers": len(rows),
         "speakers": list(rows),
     }
 
 
 def format_rows(rows: Sequence[dict]) -> str:
-    """Returns one line a speaker."""
+    """Returns one line a speaker, with the rate that judges them."""
+    rate = find_rate(rows)
     return format_table(
         [
             {
                 "speaker": row["speaker_id"],
                 "speech": f"{row['train_seconds']:.0f} s",
-                "WER before": f"{row['base_wer']:.1%}",
-                "after": f"{row['eval_wer']:.1%}",
+                f"{rate.upper()} before": f"{row[f'base_{rate}']:.1%}",
+                "after": f"{row[f'eval_{rate}']:.1%}",
                 "training": f"{row['train_runtime']:.1f} s",
             }
             for row in rows
@@ -294,8 +296,5 @@ def personalize_many(
     if not state.is_main_process or not rows:
         return
     write_results(training_args.output_dir, summarize(rows))
-    drawn = rows[:MAX_DRAWN]
-    before_after = {"before": [row["base_wer"] for row in drawn], "after": [row["eval_wer"] for row in drawn]}
-    names = [row["speaker_id"] for row in drawn]
-    draw_before_after(Path(training_args.output_dir) / "results.png", names=names, **before_after)
+    draw_speakers(Path(training_args.output_dir) / "results.png", rows[:MAX_DRAWN])
     print(format_rows(rows))

@@ -1,14 +1,17 @@
 """Results as files, tables and pictures in an output folder."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from modeling.files import write_whole
+from recipes.pictures import as_written, escape_control, save_figure, shorten
 
 RESULTS_NAME = "eval_results.json"
+RATE_LABELS = {"wer": "word error rate (%)", "cer": "character error rate (%)"}
 
 
 def write_results(folder: str | Path, results: dict) -> None:
@@ -28,6 +31,8 @@ def format_table(rows: Sequence[dict[str, object]]) -> str:
     """
     Returns `rows` as a Markdown table with aligned columns, which are the keys of the first row.
 
+    A "|" and control characters in a cell are escaped, so that any name keeps its place.
+
     Example:
 
     ```python
@@ -41,14 +46,79 @@ def format_table(rows: Sequence[dict[str, object]]) -> str:
     ```
     """
     columns = list(rows[0])
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in columns}
+    rows = [{name: _escape_cell(str(row[name])) for name in columns} for row in rows]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
     lines = [[f"{name:<{widths[name]}}" for name in columns], ["-" * widths[name] for name in columns]]
-    lines += [[f"{row[name]!s:<{widths[name]}}" for name in columns] for row in rows]
+    lines += [[f"{row[name]:<{widths[name]}}" for name in columns] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def escape_markdown(text: str) -> str:
+    r"""
+    Returns `text` so that Markdown shows it as it is, on one line: no formatting, HTML or formula.
+
+    Example:
+
+    ```python
+    >>> from recipes.report import escape_markdown
+
+    >>> print(escape_markdown("<b>a_b*"))
+    \<b\>a_b\*
+
+    ```
+    """
+    return re.sub(r"[\\`*{}\[\]<>#$~&!|]|\b_|_\b", r"\\\g<0>", escape_control(text))
+
+
+def format_code(text: str) -> str:
+    """
+    Returns `text` as Markdown's code on one line, fenced by more backticks than it has.
+
+    Example:
+
+    ```python
+    >>> from recipes.report import format_code
+
+    >>> format_code("a`b"), format_code("ann")
+    ('`` a`b ``', '`ann`')
+
+    ```
+    """
+    text = escape_control(text)
+    fence = "`" * (_longest_run(text) + 1)
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def format_code_block(text: str, language: str) -> str:
+    """Returns `text` as a block of code that no backticks in it end."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    """The most backticks in a row."""
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _escape_cell(text: str) -> str:
+    return re.sub(r"(?<!\\)\|", r"\\|", escape_control(text))
+
+
+def find_rate(rows: Sequence[Mapping]) -> str:
+    """Returns what judges speakers who are shown together: "cer" if spaces part no words in some one's references."""
+    return "cer" if any(row.get("rate") == "cer" for row in rows) else "wer"
+
+
+def draw_speakers(path: str | Path, rows: Sequence[Mapping]) -> None:
+    """Draws the results of speakers, rows of `eval_results.json`, by [`draw_before_after`]."""
+    rate = find_rate(rows)
+    before, after = ([row[f"{state}_{rate}"] for row in rows] for state in ("base", "eval"))
+    draw_before_after(path, names=[row["speaker_id"] for row in rows], before=before, after=after, rate=rate)
+
+
 def draw_before_after(
-    path: str | Path, *, names: Sequence[str], before: Sequence[float], after: Sequence[float]
+    path: str | Path, *, names: Sequence[str], before: Sequence[float], after: Sequence[float], rate: str = "wer"
 ) -> None:
     """
     Draws error rates before and after adaptation as pairs of bars into a PNG file, whole.
@@ -56,10 +126,10 @@ def draw_before_after(
     Args:
         path: The picture.
         names: One name a pair, such as speakers.
-        before: Word error rates of the base, as shares.
-        after: Word error rates with the adapter.
+        before: Error rates of the base, as shares.
+        after: Error rates with the adapter.
+        rate: "wer" or "cer", what they are.
     """
-    path = Path(path)
     figure = Figure(figsize=(max(4.0, 1.2 * len(names) + 2.0), 3.2), layout="constrained")
     axes = figure.add_subplot()
     for offset, values, label, color in ((-0.2, before, "base", "#9aa5b1"), (0.2, after, "with adapter", "#1f7a8c")):
@@ -71,10 +141,9 @@ def draw_before_after(
             color=color,
         )
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("word error rate (%)")
+    axes.set_xticks(range(len(names)), [shorten(name) for name in names], **as_written(names))
+    axes.set_ylabel(RATE_LABELS[rate])
     axes.margins(y=0.15)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    with write_whole(path.parent) as scratch:
-        figure.savefig(scratch / path.name, dpi=150)
+    save_figure(figure, path)

@@ -251,6 +251,7 @@ def main() -> None:
     results = {
         "eval_wer": scores["overall"]["wer"],
         "eval_cer": scores["overall"]["cer"],
+        "rate": scores["overall"]["rate"],
         "train_runtime": train_output.metrics["train_runtime"],
         "total_parameters": model.count_parameters()["total"],
     }

@@ -8,7 +8,7 @@ from readme import find_arguments
 from data.metrics import score_by_speaker
 from recipes.beam_search import BeamDecoder
 from recipes.decoding import load_recognizer, transcribe_recordings
-from recipes.evaluate_asr import main
+from recipes.evaluate_asr import check_regression, format_comparison, main
 
 TEXTS = ["go on", "stop now", "go home", "stop it"]
 SPEAKERS = ["ann", "ann", "ben", "ben"]
@@ -133,6 +133,56 @@ def test_compare_fails_exactly_when_the_base_domain_loses_more_than_allowed(comp
     with pytest.raises(SystemExit, match=r"more than `max_regression`") as failure:
         compare(f"--max_regression={regression - 1e-6}")
     assert failure.value.code
+
+
+def score_states(*, references, off, on):
+    """Scores of both data sets with the adapter off and on."""
+    pair = {
+        name: score_by_speaker(said, references, [""] * len(said))["overall"]
+        for name, said in (("off", off), ("on", on))
+    }
+    return {"target": pair, "base": pair}
+
+
+def test_compare_guards_characters_where_no_spaces_part_words():
+    # The transcript is one word, wrong before and after; of its 8 characters 1 is wrong before, and all are after.
+    scores = score_states(references=["打开灯吧关上灯吧"], off=["打开灯吧关上灯"], on=["大"])
+    assert scores["base"]["on"]["wer"] == scores["base"]["off"]["wer"] == 1.0
+    with pytest.raises(SystemExit, match=r"adds 0\.8750 to the base's CER, more than `max_regression` \(0\.02\)"):
+        check_regression(scores, 0.02)
+    assert format_comparison(scores).splitlines()[-1].split("|")[-2].strip() == "+87.50 CER"
+
+
+def test_a_reference_that_the_model_cannot_write_is_scored(tiny_base, corpus, tmp_path, caplog):
+    (corpus / "metadata.csv").write_text("file_name,text,split\n0.wav,é é,test\n1.wav,go on,test\n", encoding="utf-8")
+    output = tmp_path / "out.json"
+
+    main(["--model_name_or_path", tiny_base, "--dataset", str(corpus), "--output_file", str(output)])
+
+    said = transcribe_recordings(*load_recognizer(tiny_base), [corpus / f"{row}.wav" for row in range(2)])
+    texts = [transcript.text for transcript in said]
+    assert json.loads(output.read_text())["overall"] == score_by_speaker(texts, ["é é", "go on"], ["", ""])["overall"]
+    assert (
+        "1 of 2 references have characters outside the model's vocabulary, which count as errors: 'é'" in caplog.text
+    )
+
+
+def test_style_and_language_are_the_user_s(tiny_base, corpus, tmp_path, capsys):
+    (corpus / "metadata.csv").write_text("file_name,text,split\n0.wav,[noise] EU:s,test\n", encoding="utf-8")
+    arguments = [
+        "--model_name_or_path",
+        tiny_base,
+        "--dataset",
+        str(corpus),
+        "--output_file",
+        str(tmp_path / "out.json"),
+    ]
+    words = []
+    for flags in ([], ["--transcript_style", "brackets"], ["--transcript_style", "brackets", "--language", "sv"]):
+        main([*arguments, *flags])
+        words.append(json.loads((tmp_path / "out.json").read_text())["overall"]["words"])
+    assert words == [3, 2, 1]
+    assert "are read as `brackets`:\n  '[noise] EU:s' -> 'EU:s'" in capsys.readouterr().err
 
 
 def test_compare_needs_an_adapter_and_the_data_of_the_base(tiny_base, tiny_adapters, corpus):

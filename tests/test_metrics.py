@@ -45,12 +45,33 @@ def test_score_by_speaker_scores_the_whole_and_each_speaker():
 
     assert scores["overall"] == {
         "wer": 3 / 7, "cer": 4 / 10, "substitutions": 2, "insertions": 0, "deletions": 1, "words": 7, "characters": 10,
-        "utterances": 4,
+        "utterances": 4, "rate": "wer",
     }  # fmt: skip
     assert {name: (entry["wer"], entry["utterances"]) for name, entry in scores["speakers"].items()} == {
         "ann": (1 / 4, 2),
         "ben": (1 / 2, 1),
     }
+
+
+@pytest.mark.parametrize(
+    ("references", "language", "rate"),
+    [
+        (["turn on", "off"], None, "wer"),
+        (["打开灯", "关灯"], None, "cer"),
+        (["เปิด ไฟ"], None, "cer"),
+        (["불 켜 줘"], None, "wer"),
+        (["turn on"], "ja", "cer"),
+    ],
+)
+def test_characters_judge_where_no_spaces_part_words(references, language, rate):
+    scores = score_by_speaker(references, references, ["ann"] * len(references), language=language)
+    assert (scores["overall"]["rate"], scores["speakers"]["ann"]["rate"]) == (rate, rate)
+
+
+def test_a_speaker_whose_references_are_empty_has_no_rate_and_ends_nothing(caplog):
+    scores = score_by_speaker(["a", "b", "c"], ["a", "", " "], ["ann", "ben", "ben"])
+    assert (scores["overall"]["wer"], list(scores["speakers"])) == (2.0, ["ann"])
+    assert "No reference of these speakers has a word, so that they have no rate: ben." in caplog.text
 
 
 def test_score_by_speaker_refuses_lists_of_different_lengths():

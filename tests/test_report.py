@@ -1,11 +1,21 @@
 """Results come back from disk as they were, and tables and pictures can be read."""
 
 import json
+from unittest.mock import patch
 
 import matplotlib.image
 import pytest
 
-from recipes.report import draw_before_after, format_table, print_results, write_results
+from recipes.report import (
+    draw_before_after,
+    draw_speakers,
+    escape_markdown,
+    format_code,
+    format_code_block,
+    format_table,
+    print_results,
+    write_results,
+)
 
 
 def test_results_come_back_from_disk(tmp_path):
@@ -37,6 +47,14 @@ def test_format_table_takes_its_columns_from_the_first_row():
     ]
 
 
+def test_any_name_keeps_its_place_in_a_table_and_in_markdown():
+    name = "a|b\nc"
+    assert format_table([{"speaker": name, "WER": 1}]).splitlines()[-1] == r"| a\|b\nc | 1   |"
+    assert escape_markdown("`<b>`a_b _x_ $y$ #1\n") == r"\`\<b\>\`a_b \_x\_ \$y\$ \#1\\n"
+    assert format_code("a``b\n") == r"``` a``b\n ```"
+    assert format_code_block("a\n```\nb", "bash") == "````bash\na\n```\nb\n````"
+
+
 @pytest.mark.parametrize("num_speakers", [1, 6])
 def test_picture_shows_two_bars_a_speaker(tmp_path, num_speakers):
     names = [f"speaker {index}" for index in range(num_speakers)]
@@ -48,3 +66,15 @@ def test_picture_shows_two_bars_a_speaker(tmp_path, num_speakers):
     areas = [(abs(pixels - colour).sum(-1) < 6).sum() for colour in ((0x9A, 0xA5, 0xB1), (0x1F, 0x7A, 0x8C))]
     # Bars of 80 % and 20 % are four to one, but for the legend's two equal patches.
     assert areas[0] / areas[1] == pytest.approx(4, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("rate", "label", "bar"), [("wer", "word error rate (%)", 80), ("cer", "character error rate (%)", 40)]
+)
+def test_speakers_are_drawn_by_the_rate_that_judges(tmp_path, rate, label, bar):
+    rows = [{"speaker_id": "ann", "base_wer": 0.8, "eval_wer": 0.2, "base_cer": 0.4, "eval_cer": 0.1, "rate": rate}]
+    with patch("recipes.report.save_figure") as save:
+        draw_speakers(tmp_path / "results.png", rows)
+    (axes,) = save.call_args[0][0].axes
+    assert axes.get_ylabel() == label
+    assert [patch.get_height() for patch in axes.patches] == pytest.approx([bar, bar / 4])
