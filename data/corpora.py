@@ -1,49 +1,56 @@
 """Every corpus as one `datasets.Dataset` with the same columns, found once and checked once."""
 
-import csv
-import hashlib
-import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow
-import pyarrow.parquet
+import xxhash
 from datasets import Audio, Dataset, Features, IterableDataset, Value
 from filelock import FileLock
-from huggingface_hub import snapshot_download
 
 from data.audio import audio_seconds
 from data.code_digest import digest_code
+from data.hub_corpora import download_recordings, list_cache_folders, open_tables
+from data.layouts import CHOICES, find_file_source, find_folder_sources, list_parquet, make_dataset_source
+from data.left_out import StreamedRows, report_left_out
+from data.rows import (
+    NAME_COLUMNS,
+    TEXT_COLUMNS,
+    RowError,
+    Source,
+    check_columns,
+    find_renames,
+    is_empty,
+    read_cells,
+    read_recording,
+)
+from data.segments import Cutter, cut_part
 from data.synthesis import LANGUAGES, write_synthetic_corpus
+from data.tables import TABLE_SUFFIXES
 
-AUDIO_COLUMNS = ("audio", "file_name", "path")  # in this order of preference
-RENAMED_COLUMNS = {
-    "sentence": "text",
-    "transcription": "text",
-    "transcript": "text",
-    "speaker": "speaker_id",
-    "client_id": "speaker_id",
-}
-STRING_COLUMNS = ("speaker_id", "domain")  # names, even where a corpus writes them as numbers
-MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # those of the audiofolder convention
-CHOICES = "Give a manifest (.csv, .tsv, .jsonl, .parquet), a folder with metadata.csv, a Hub name, or `synthetic`."
+logger = logging.getLogger(__name__)
+
 DEFAULT_SPLIT = "train"  # of rows that name none
 # Examples on their way into a dataset are encoded, and the `Audio` feature needs torchcodec for that even when it does
 # not decode; a finished table is cast without.
 UNDECODED_AUDIO = {"path": Value("string"), "bytes": Value("binary")}
-NUM_TYPED_ROWS = 100  # rows whose values tell a streamed manifest's column types
+STRING_COLUMNS = (*TEXT_COLUMNS, *NAME_COLUMNS, "split")
+NUM_TYPED_ROWS = 100  # rows whose values tell a streamed corpus's column types
+LEFT_OUT = {"what": "rows cannot be used", "remedy": "Correct them or remove the rows."}
 
 
 def load_corpus(
     dataset: str,
     *,
     split: str | None = None,
+    dataset_config: str | None = None,
+    text_column: str | None = None,
     required_columns: Sequence[str] = ("audio",),
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
@@ -53,41 +60,52 @@ def load_corpus(
     Args:
         dataset: One of
             - "synthetic" or "synthetic/<language>": espeak-ng voices, made on first use in the datasets cache,
-            - a folder with `metadata.csv` or `.jsonl`, or with one in each split's sub-folder (column `file_name`),
+            - a folder with `metadata.csv` or `.jsonl`, or with one in each split's sub-folder (column `file_name`), or
+              in another layout of `data.layouts`,
             - a manifest .csv, .tsv, .jsonl or .parquet (column `audio`, `file_name` or `path`, relative to it),
             - a name on the Hub, or a folder with a Hub corpus's parquet files; a Hub corpus of single recordings is
               downloaded whole.
         split: Rows whose column `split` has this value; all rows by default. Rows that name none are "train".
+        dataset_config: Of a Hub corpus with several configurations, the one that is read.
+        text_column: The column that is `text`; default: `text`, `sentence`, `transcription` or `transcript`.
         required_columns: Columns that must exist, with a value in every row of the split.
         streaming: Gives an `IterableDataset` that reads rows, and checks them, while they are used.
 
     Returns:
-        The rows with all their columns; `sentence`, `transcription` and `transcript` are renamed to `text`, `speaker`
-        and `client_id` to `speaker_id`; that and `domain`, the kind of recording, are strings. The fingerprint follows
-        the recordings' sizes and times of change, so that features computed from an older recording are not found in
-        the cache.
+        The rows with the columns of `data.rows.KEPT_COLUMNS` that there are, and the required ones. `speaker` and
+        `client_id` are renamed to `speaker_id`; that and `domain`, the kind of recording, are strings. A row with
+        `offset` and `duration`, `start` and `end`, or `begin_time` and `end_time` in seconds hears that part of its
+        recording. The fingerprint follows the recordings' sizes and times of change, so that features computed from
+        an older recording are not found in the cache. Rows that lack a value or a recording are left out with a
+        warning, up to 5 % of them.
 
     Raises:
-        ValueError: The corpus, split or a required column does not exist, a row lacks a value, its recording is
-            missing or lies outside the corpus through "..", or no row is left.
+        ValueError: The corpus, split or a required column does not exist, more than 5 % of the rows lack a value or a
+            recording, a recording lies outside the corpus, or no row is left.
 
     Example:
         >>> load_corpus("synthetic/ko", split="test").column_names
-        ['speaker_id', 'text', 'split', 'domain', 'voice', 'audio']
+        ['speaker_id', 'text', 'split', 'domain', 'audio']
     """
     if dataset.split("/")[0] == "synthetic":
         dataset = str(_make_synthetic(dataset))
-    manifests = _find_manifests(dataset)
-    if not manifests:
-        return _load_tables(dataset, split, required_columns, streaming)
+    sources = _find_sources(dataset, dataset_config, text_column, streaming)
+    columns = ("audio", *(column for column in required_columns if column != "audio"))
+    arguments = {"sources": sources, "split": split, "text_column": text_column, "required_columns": columns}
     if streaming:
-        return _stream_manifests(manifests, split, required_columns)
-    rows = list(_iterate_rows(manifests, split, required_columns))
-    if not rows:
-        raise _no_rows_error(dataset, manifests, split)
+        return _stream(dataset, arguments)
+    summary = _Summary()
+    for row, part in _iterate_rows(**arguments, note=summary.note):
+        summary.add(row, part)
+    report_left_out(summary.reasons, summary.num_rows + len(summary.reasons), **LEFT_OUT)
+    if not summary.num_rows:
+        raise _no_rows_error(dataset, sources, split)
+    features = _infer_features(summary.values, required_columns, dataset)
     # A file in the cache, and not a table in memory, because only then `map` keeps what it computes.
     corpus = Dataset.from_generator(
-        lambda: iter(rows), features=_infer_features(rows, dataset), fingerprint=_hash_rows(rows)
+        lambda: _iterate_examples(**arguments, names=tuple(features), note=_say_nothing),
+        features=features,
+        fingerprint=summary.digest(features),
     )
     return corpus.cast_column("audio", Audio(decode=False))
 
@@ -105,7 +123,7 @@ def take_seconds(corpus: Dataset, max_seconds: float, *, seed: int) -> Dataset:
         seed: Seed of the shuffle.
 
     Returns:
-        The taken rows in the order of taking, with a column `seconds`.
+        The taken rows in the order of taking, with a column `seconds` of their durations.
 
     Raises:
         ValueError: `max_seconds` is not positive, or every clip is longer.
@@ -129,14 +147,9 @@ def take_seconds(corpus: Dataset, max_seconds: float, *, seed: int) -> Dataset:
             f"`max_seconds` must be at least {seconds[shortest]:.2f}, the seconds of the shortest clip "
             f"({sources[shortest]['path']}), got {max_seconds}. Raise it or cut the clips."
         )
+    if "seconds" in corpus.column_names:
+        corpus = corpus.remove_columns("seconds")
     return corpus.select(taken).add_column("seconds", [seconds[index] for index in taken])
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    path: Path
-    corpus_folder: Path  # recordings may not lie outside it
-    default_split: str
 
 
 def _make_synthetic(dataset: str) -> Path:
@@ -153,199 +166,167 @@ def _make_synthetic(dataset: str) -> Path:
     return folder
 
 
-def _find_manifests(dataset: str) -> list[_Manifest]:
-    """Returns the manifests behind a local name; none where `datasets` has to find the data."""
-    path = Path(os.path.abspath(Path(dataset).expanduser()))
+def _find_sources(dataset: str, dataset_config: str | None, text_column: str | None, streaming: bool) -> list[Source]:
+    path = Path(os.path.abspath(os.path.expanduser(dataset)))
     if path.is_file():
-        if path.suffix not in MANIFEST_SUFFIXES:
-            raise ValueError(f"`dataset` must be a corpus, got the file {dataset}. {CHOICES}")
-        return [_Manifest(path, path.parent, DEFAULT_SPLIT)]
+        _refuse_config(dataset, dataset_config)
+        return [find_file_source(path)]
     if path.is_dir():
-        manifests = _list_metadata(path)
-        if not manifests and not any((*path.glob("*.parquet"), *path.glob("*/*.parquet"))):
-            raise ValueError(f"`dataset` must be a corpus, got the folder {dataset} without metadata. {CHOICES}")
-        return manifests
-    if dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or dataset.endswith(MANIFEST_SUFFIXES):
+        folder, own_config = (path / dataset_config, None) if dataset_config else (path, None)
+        folder, own_config = (folder, None) if folder.is_dir() else (path, dataset_config)
+        sources = find_folder_sources(folder, text_column)
+        if sources:
+            _refuse_config(dataset, own_config)
+            return sources
+        splits = open_tables(str(path), dataset_config, streaming=streaming)
+        folders = tuple(dict.fromkeys([path, *(file.parent for file in list_parquet(path))]))
+        return [make_dataset_source(part, str(path), split, folders, (path,)) for split, part in splits.items()]
+    if dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1 or dataset.lower().endswith(TABLE_SUFFIXES):
         raise ValueError(f"`dataset` must be a corpus, got {dataset}, which does not exist. {CHOICES}")
-    return _download_recordings(dataset)
+    folder = download_recordings(dataset)
+    if folder is not None:
+        _refuse_config(dataset, dataset_config)
+        repository = folder.parents[1]  # its files may be links into the part that all revisions share
+        return [replace(source, roots=(repository,)) for source in find_folder_sources(folder, text_column)]
+    splits = open_tables(dataset, dataset_config, streaming=streaming)
+    return [make_dataset_source(part, dataset, split, (), list_cache_folders()) for split, part in splits.items()]
 
 
-def _list_metadata(folder: Path) -> list[_Manifest]:
-    for name in METADATA_NAMES:
-        if (folder / name).is_file():
-            return [_Manifest(folder / name, folder, DEFAULT_SPLIT)]
-    in_splits = [path for name in METADATA_NAMES for path in sorted(folder.glob(f"*/{name}"))]
-    return [_Manifest(path, folder, path.parent.name) for path in in_splits]
-
-
-def _download_recordings(name: str) -> list[_Manifest]:
-    """Returns the manifests of a Hub corpus of single recordings, which `datasets` cannot read without torchcodec."""
-    patterns = [pattern for metadata in METADATA_NAMES for pattern in (metadata, f"*/{metadata}")]
-    try:
-        manifests = _list_metadata(Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns)))
-        if manifests:
-            snapshot_download(name, repo_type="dataset")
-    except (ValueError, OSError) as error:  # not a repository's name; no such corpus, no access, or no network
-        raise ValueError(f"`dataset` must be a corpus, got {name!r} ({error}). {CHOICES}") from error
-    return manifests
-
-
-def _stream_manifests(
-    manifests: list[_Manifest], split: str | None, required_columns: Sequence[str]
-) -> IterableDataset:
-    arguments = {"manifests": manifests, "split": split, "required_columns": tuple(required_columns)}
-    first_rows = list(islice(_iterate_rows(**arguments), NUM_TYPED_ROWS))
-    if not first_rows:
-        raise _no_rows_error(str(manifests[0].corpus_folder), manifests, split)
-    features = _infer_features(first_rows, str(manifests[0].path))
-    return IterableDataset.from_generator(_iterate_rows, features=features, gen_kwargs=arguments)
+def _refuse_config(dataset: str, dataset_config: str | None) -> None:
+    if dataset_config is not None:
+        raise ValueError(
+            f"`dataset_config` must be left out for {dataset}, which has no configurations, got {dataset_config!r}."
+        )
 
 
 def _iterate_rows(
-    manifests: list[_Manifest], split: str | None, required_columns: Sequence[str]
+    sources: Sequence[Source],
+    split: str | None,
+    text_column: str | None,
+    required_columns: Sequence[str],
+    note: Callable[[str | None], None],
+) -> Iterator[tuple[dict[str, object], tuple[float, float] | None]]:
+    """
+    Yields the checked rows of one split in the project's columns, each with the part of its recording that it hears.
+
+    Args:
+        note: Called for every row, with what is wrong if it cannot be used.
+    """
+    cutter = Cutter()
+    for source in sources:
+        if source.has_fixed_split and split not in (None, source.default_split):
+            continue
+        for number, cells in enumerate(source.read(), start=1):
+            renames = find_renames(tuple(cells), text_column, source.name)
+            row = {renames[column]: value for column, value in cells.items() if column in renames}
+            row["split"] = _find_split(row, source)
+            if split not in (None, row["split"]):
+                continue
+            check_columns(required_columns, row, source.name)
+            where = f"row {number} in {source.name}"  # a header is not counted
+            try:
+                kept = read_cells(row, required_columns, f"of {where}")
+                kept["audio"] = read_recording(row, f"`audio` of {where}", source)
+                part = cutter.find_part(row, kept["audio"], where, is_nemo="audio_filepath" in cells)
+            except RowError as error:
+                note(str(error))
+                continue
+            note(None)
+            yield kept, part
+
+
+def _find_split(row: Mapping[str, object], source: Source) -> str:
+    return source.default_split if is_empty(row.get("split")) else str(row["split"])
+
+
+def _iterate_examples(
+    names: Sequence[str], note: Callable[[str | None], None] | None = None, **arguments
 ) -> Iterator[dict[str, object]]:
-    """Yields the checked rows of one split, in the project's columns."""
-    for manifest in manifests:
-        for number, row in enumerate(_read_rows(manifest), start=1):
-            if split is None or row["split"] == split:
-                _check_columns(["audio", *required_columns], row, str(manifest.path))
-                yield _check_row(row, number, manifest, required_columns)
+    """Yields the examples of a dataset with columns `names`; without `note`, of a stream, which counts for itself."""
+    note = note or StreamedRows(**LEFT_OUT).note
+    for row, part in _iterate_rows(**arguments, note=note):
+        row["audio"] = cut_part(row["audio"], part)
+        yield {name: row.get(name) for name in names}
 
 
-def _read_rows(manifest: _Manifest) -> Iterator[dict[str, object]]:
-    """Yields a manifest's rows as they are, but with the project's column names and a split."""
-    path = manifest.path
-    try:
-        for row in _parse_rows(path):
-            audio_column = next((name for name in AUDIO_COLUMNS if name in row), None)
-            renames = {audio_column: "audio"} | _find_renames(row)
-            row = {renames.get(name, name): value for name, value in row.items()}
-            yield row | {"split": str(row.get("split") or manifest.default_split)}
-    except (csv.Error, json.JSONDecodeError, UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(
-            f"`{path}` must be a UTF-8 {path.suffix} manifest, got ({error}). Correct the file."
-        ) from error
+def _say_nothing(_reason: str | None) -> None:
+    """Stands where rows that are left out have been named before."""
 
 
-def _parse_rows(path: Path) -> Iterator[dict[str, object]]:
-    if path.suffix == ".parquet":
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-        return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".jsonl":
-            for row in (json.loads(line) for line in file if line.strip()):
-                if not isinstance(row, dict):
-                    raise csv.Error(f"a row that is no object: {row}")
-                yield row
-            return
-        for row in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","):
-            if None in row or None in row.values():
-                raise csv.Error(f"a row whose number of cells is not the header's: {list(row.values())}")
-            yield row
+class _Summary:
+    """What the first pass over a corpus finds: how many rows, which are left out, their types, and a digest."""
+
+    def __init__(self):
+        self.num_rows = 0
+        self.reasons: list[str] = []
+        self.values: dict[str, list] = {}  # of the columns that are not text; `None` would cost as much
+        self._digest = xxhash.xxh3_128()
+
+    def note(self, reason: str | None) -> None:
+        """Keeps what is wrong with a row."""
+        if reason is not None:
+            self.reasons.append(reason)
+
+    def add(self, row: Mapping[str, object], part: tuple[float, float] | None) -> None:
+        """Counts a row that is used."""
+        audio, others = row["audio"], {name: value for name, value in row.items() if name != "audio"}
+        if audio["bytes"] is None:
+            status = os.stat(audio["path"])
+            content = (status.st_size, status.st_mtime_ns)
+        else:
+            content = xxhash.xxh3_128_hexdigest(audio["bytes"])
+        self._digest.update(repr((others, audio["path"], content, part)).encode())
+        for name, value in others.items():
+            column = self.values.setdefault(name, [])
+            if name not in STRING_COLUMNS:
+                column.append(value)
+        self.num_rows += 1
+
+    def digest(self, features: Features) -> str:
+        """Returns 32 hexadecimal digits over all rows that are used."""
+        self._digest.update(repr(features).encode())
+        return self._digest.hexdigest()
 
 
-def _find_renames(columns: Iterable[str]) -> dict[str, str]:
-    """Returns old to new names; the first of several old ones, and none where the corpus has the new name already."""
-    renames: dict[str, str] = {}
-    for old, new in RENAMED_COLUMNS.items():
-        if old in columns and new not in columns and new not in renames.values():
-            renames[old] = new
-    return renames
+def _stream(dataset: str, arguments: dict) -> IterableDataset:
+    summary = _Summary()
+    for row, part in islice(_iterate_rows(**arguments, note=summary.note), NUM_TYPED_ROWS):
+        summary.add(row, part)
+    if summary.num_rows < NUM_TYPED_ROWS:
+        report_left_out(summary.reasons, summary.num_rows + len(summary.reasons), **LEFT_OUT)
+    if not summary.num_rows:
+        raise _no_rows_error(dataset, arguments["sources"], arguments["split"])
+    features = _infer_features(summary.values, arguments["required_columns"], dataset)
+    arguments = {**arguments, "names": tuple(features)}
+    return IterableDataset.from_generator(_iterate_examples, features=features, gen_kwargs=arguments)
 
 
-def _check_columns(required_columns: Iterable[str], columns: Iterable[str], name: str) -> None:
-    for column in required_columns:
-        if column not in columns:
-            also = f" (or {', '.join(AUDIO_COLUMNS[1:])})" if column == "audio" else ""
-            raise ValueError(
-                f"`{column}`{also} must be a column of {name}, got the columns {', '.join(columns)}. Add or rename it."
-            )
-
-
-def _check_row(
-    row: dict[str, object], number: int, manifest: _Manifest, required_columns: Sequence[str]
-) -> dict[str, object]:
-    where = f"of row {number} in {manifest.path}"  # the header is not counted
-    for column in required_columns:
-        if row[column] is None or not str(row[column]).strip():
-            raise ValueError(f"`{column}` {where} must not be empty. Fill it in or remove the row.")
-    row = {**row, "audio": _locate_audio(row["audio"], f"`audio` {where}", manifest)}
-    for column in {"text", *STRING_COLUMNS} & row.keys():
-        row[column] = None if row[column] is None else str(row[column])
-    return row
-
-
-def _locate_audio(value: object, where: str, manifest: _Manifest) -> dict[str, str | bytes | None]:
-    """Returns `{"path", "bytes"}` with an absolute path to an existing file, or with the bytes as they are."""
-    path, content = (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (value, None)
-    if content is not None:
-        return {"path": path, "bytes": content}
-    if not path or not isinstance(path, str):
-        raise ValueError(f"{where} must be a path or hold bytes, got {value!r}. Fill it in or remove the row.")
-    located = os.path.normpath(manifest.path.parent / path)
-    if not os.path.isabs(path) and not Path(located).is_relative_to(manifest.corpus_folder):
-        raise ValueError(
-            f"{where} must lie in {manifest.corpus_folder}, got {path!r}. Move the file or correct the path."
-        )
-    if not os.path.isfile(located):
-        raise ValueError(f"{where} must be an existing file, got {path!r}. Add the file or remove the row.")
-    return {"path": located, "bytes": None}
-
-
-def _no_rows_error(dataset: str, manifests: list[_Manifest], split: str | None) -> ValueError:
-    splits = sorted({str(row["split"]) for manifest in manifests for row in _read_rows(manifest)})
-    if not splits:
+def _no_rows_error(dataset: str, sources: Sequence[Source], split: str | None) -> ValueError:
+    splits = {source.default_split for source in sources if source.has_fixed_split}
+    for source in (source for source in sources if not source.has_fixed_split):
+        splits |= {_find_split(row, source) for row in source.read()}
+    if split is None or not splits or split in splits:
         return ValueError(
             f"`dataset` must have rows, got the empty corpus {dataset}. Add rows or name another corpus."
         )
-    return ValueError(f"`split` must be one of {', '.join(splits)} in {dataset}, got {split!r}. Choose one of them.")
+    remedy = "Choose one of them."
+    if splits == {DEFAULT_SPLIT}:
+        remedy += " Rows to evaluate on must not be trained on: give them another `split`."
+    return ValueError(f"`split` must be one of {', '.join(sorted(splits))} in {dataset}, got {split!r}. {remedy}")
 
 
-def _infer_features(rows: list[dict[str, object]], name: str) -> Features:
+def _infer_features(values: Mapping[str, list], required_columns: Sequence[str], name: str) -> Features:
     features = {}
-    for column in {column: None for row in rows for column in row if column != "audio"}:
+    for column, cells in values.items():
+        if column in STRING_COLUMNS:
+            features[column] = Value("string")
+            continue
         try:
-            schema = pyarrow.schema([(column, pyarrow.array([row.get(column) for row in rows]).type)])
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"`{column}` of {name} must hold one type, got ({error}). Correct the column.") from error
-        features |= Features.from_arrow_schema(schema)
+            features |= Features.from_arrow_schema(pyarrow.schema([(column, pyarrow.array(cells).type)]))
+        except (pyarrow.ArrowException, OverflowError) as error:
+            if column in required_columns:
+                raise ValueError(
+                    f"`{column}` of {name} must hold one type, got ({error}). Correct the column."
+                ) from error
+            logger.warning("Column %r of %s is left out: its cells are not of one type (%s).", column, name, error)
     return Features(features | {"audio": UNDECODED_AUDIO})
-
-
-def _hash_rows(rows: list[dict[str, object]]) -> str:
-    paths = [row["audio"]["path"] for row in rows if row["audio"]["bytes"] is None]
-    states = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
-    return hashlib.blake2b(repr((rows, states)).encode(), digest_size=16).hexdigest()
-
-
-def _load_tables(
-    name: str, split: str | None, required_columns: Sequence[str], streaming: bool
-) -> Dataset | IterableDataset:
-    try:
-        corpus = datasets.load_dataset(name, split=split, streaming=streaming)
-    except (ValueError, OSError) as error:
-        message = f"`split` must be one that {name} has, got {split!r} ({error}). Choose another split or corpus."
-        raise ValueError(message) from error
-    if isinstance(corpus, dict):
-        corpus = datasets.concatenate_datasets(list(corpus.values()))
-    columns = list(corpus.features or next(iter(corpus), ()))
-    renames = _find_renames(columns)
-    columns = [renames.get(column, column) for column in columns]
-    _check_columns(["audio", *required_columns], columns, name)
-    # Cast first: renaming streamed rows passes them through the features they have, which would decode them.
-    corpus = corpus.cast_column("audio", UNDECODED_AUDIO if streaming else Audio(decode=False)).rename_columns(renames)
-    for column in sorted(set(STRING_COLUMNS) & set(columns)):
-        corpus = corpus.cast_column(column, Value("string"))
-    if not streaming:  # `load_dataset` itself refuses a table without rows
-        _check_texts(corpus, name, required_columns)
-    elif next(iter(corpus), None) is None:
-        raise ValueError(f"`dataset` must have rows, got the empty corpus {name}. Name another corpus or split.")
-    return corpus
-
-
-def _check_texts(corpus: Dataset, name: str, required_columns: Sequence[str]) -> None:
-    if "text" in required_columns:
-        for number, text in enumerate(corpus["text"], start=1):
-            if not (text or "").strip():
-                raise ValueError(f"`text` of row {number} in {name} must not be empty. Filter the row out.")
