@@ -131,7 +131,7 @@ def test_personalize_never_turns_a_speakers_name_into_a_path(run_recipe_main, sm
     with (corpus / "metadata.csv").open("w", newline="") as file:
         csv.writer(file).writerows(manifest)
     run_recipe_main(
-        main, "--model_name_or_path", small_base, "--dataset", corpus, "--speaker_id", "../ann",
+        main, "--model_name_or_path", small_base, "--dataset", corpus / "metadata.csv", "--speaker_id", "../ann",
         "--adapter_hidden_sizes", 4, "--max_steps", 1, "--save_strategy", "no", "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "out"}
