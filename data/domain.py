@@ -7,6 +7,8 @@ import numpy as np
 from datasets import Dataset
 
 from .asr import read_clips
+from .spelling import warn_of_silence
+from .text import normalize_text
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def decode_domain(corpus: Dataset, *, sampling_rate: int, needs_text: bool = Tru
 
     Raises:
         AudioError: More than 5 % of the clips are unreadable, empty, silent or too short; fewer are left out.
-        ValueError: A clip has no answer.
+        ValueError: A clip has no answer, or one without a word.
     """
 
     def column(*names: str, default: object) -> list:
@@ -76,11 +78,13 @@ def decode_domain(corpus: Dataset, *, sampling_rate: int, needs_text: bool = Tru
     )
     if needs_text:
         _check_answers(clips["name"][:], clips["text"][:])
+        if "response" not in corpus.column_names:
+            warn_of_silence(clips, sampling_rate=sampling_rate)
     return clips
 
 
 def _check_answers(names: Sequence[str], texts: Sequence[str]) -> None:
-    without = [name for name, text in zip(names, texts, strict=True) if not text]
+    without = [name for name, text in zip(names, texts, strict=True) if not normalize_text(text)]
     if without:
         raise ValueError(
             f"`text` (or `response`) must be given for every clip, got none for {_list_first(without)}. Write down "

@@ -5,6 +5,7 @@
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import regex
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
@@ -78,6 +79,7 @@ FINAL_SIGMA: list[Rule] = [
 ]
 
 
+@cache
 def parse_language(language: str | None) -> str | None:
     """
     Returns the main part of a language code, in lower case: two letters where there are two.
@@ -109,6 +111,8 @@ def fold_scripts(text: str, language: str | None = None) -> str:
         text: Any text.
         language: From [`parse_language`]; decides what the characters do not tell, such as the lower case of "I".
     """
+    if text.isascii() and language not in DOTLESS_I:  # no rule below says anything of it
+        return text.translate(APOSTROPHES).lower()
     text = unicodedata.normalize("NFC", FORM.sub(lambda match: _expand(match[0]), unicodedata.normalize("NFC", text)))
     text = IGNORABLE.sub("", text.translate(APOSTROPHES))
     text = text.replace("I", "\u0131") if language in DOTLESS_I else text

@@ -2,10 +2,13 @@ import json
 import logging
 import re
 import unicodedata
+from functools import partial
 
 import numpy as np
 import pytest
+from transformers import Wav2Vec2CTCTokenizer
 
+from data.text import build_vocabulary, normalize_text, set_language
 from modeling import JamoCTCTokenizer
 from recipes.beam_search import (
     BeamDecoder,
@@ -153,6 +156,18 @@ def test_beam_decoder_refuses_no_file_and_no_beam(tokenizer, word_list):
 
 def test_word_list_is_normalised_and_has_each_word_once(word_list):
     assert read_word_list(word_list) == ["cat", "cut", "all"]
+
+
+def test_word_list_is_normalised_as_the_model_s_transcripts(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("ISI\nİz\n", encoding="utf-8")
+    assert read_word_list(path, partial(normalize_text, language="tr")) == ["ısı", "iz"]
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text(json.dumps(build_vocabulary(["ısı iz"])), encoding="utf-8")
+    tokenizer = Wav2Vec2CTCTokenizer(str(vocabulary), bos_token=None, eos_token=None)
+    set_language(tokenizer, ["tr"])
+    decoder = BeamDecoder(tokenizer, word_list=path)
+    assert decoder.decode(make_log_probs(tokenizer, "ısı_")) == "ısı"
 
 
 def test_read_word_list_names_file_and_line_of_what_is_wrong(tmp_path):

@@ -65,6 +65,21 @@ def test_clips_without_an_answer_are_named_unless_none_is_needed(small_corpus):
     assert set(decode_domain(corpus, sampling_rate=RATE, needs_text=False)["text"]) == {""}
 
 
+def test_a_transcript_without_a_word_is_no_answer(small_corpus):
+    corpus = load_corpus(str(small_corpus), split="test")
+    corpus = corpus.remove_columns("text").add_column("text", ["..."] + ["one"] * (len(corpus) - 1))
+    with pytest.raises(ValueError, match=r"`text` .* must be given for every clip, got none for [^;]*wav\. Write"):
+        decode_domain(corpus, sampling_rate=RATE)
+
+
+def test_a_transcript_that_is_too_short_for_its_clip_is_warned_of(small_corpus, caplog):
+    corpus = load_corpus(str(small_corpus), split="test")
+    texts = ["a", *["a sentence that is read quickly"] * (len(corpus) - 1)]
+    decode_domain(corpus.remove_columns("text").add_column("text", texts), sampling_rate=RATE)
+    assert f"1 of {len(corpus)} clips have fewer than" in caplog.text
+    assert f"{corpus[0]['audio']['path']} (1 characters in" in caplog.text
+
+
 def test_pairs_are_brought_into_the_source_s_order():
     source, target = make_clips(pair_id=["a", "b", "c"]), make_clips(pair_id=["c", "a", "b"], text=["C", "A", "B"])
     source, target = match_pairs(source, target)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from unittest.mock import patch
 
 import matplotlib.image
 import numpy as np
@@ -185,6 +186,15 @@ def test_error_picture_shows_the_bars_of_both_domains(tmp_path):
     base, adapter_on = (count_pixels(tmp_path / "report_errors.png", color) for color in ("9aa5b1", "1f7a8c"))
     # Bars of 80 and 40 % are four times those of 20 and 10 %, but for the legend's two equal patches.
     assert base / adapter_on == pytest.approx(4, rel=0.25)
+
+
+@pytest.mark.parametrize(("rate", "label"), [("wer", "word error rate (%)"), ("cer", "character error rate (%)")])
+def test_error_picture_names_the_rate_that_judges(tmp_path, rate, label):
+    with patch("recipes.domain_report.save_figure") as save:
+        write_domain_report(tmp_path, {"results": {f"ldv_{rate}_before": 0.8, f"ldv_{rate}_after": 0.2}})
+    (axes,) = save.call_args[0][0].axes
+    assert axes.get_ylabel() == label
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([80, 20])
 
 
 def count_pixels(path, color: str) -> int:

@@ -1,6 +1,7 @@
 """The recipe that trains a recogniser, run as its users do, on a few clips of synthetic speech."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer
 
 from modeling import DeepSpeech2ForCTC, JamoCTCTokenizer
+from recipes.personalize import main as personalize_main
 from recipes.train_ctc import main
 
 
@@ -82,3 +84,29 @@ def test_train_ctc_refuses_to_join_the_clips_of_a_stream(run_recipe_main, small_
     flags = ("--dataset", small_corpus, "--streaming", "--concatenate_max", 2, "--output_dir", tmp_path)
     with pytest.raises(ValueError, match="`concatenate_max` must be 1 with `streaming`, got 2"):
         run_recipe_main(main, *flags)
+
+
+def test_train_ctc_normalises_by_the_language_and_saves_it_for_those_who_go_on(
+    run_recipe_main, small_corpus, tmp_path, caplog, capsys
+):
+    corpus = shutil.copytree(small_corpus, tmp_path / "corpus")
+    table = (corpus / "metadata.csv").read_text()
+    (corpus / "metadata.csv").write_text(table.replace(",one,", ",[nefes] ISI,").replace(",two,", ",İki ...,"))
+    flags = ("--dataset", corpus, "--transcript_style", "brackets", "--max_steps", 1, "--save_strategy", "no")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    run_recipe_main(
+        main, *flags, "--language", "tr", "--num_mel_bins", 16, "--hidden_size", 8,
+        "--num_hidden_layers", 1, "--output_dir", base,
+    )  # fmt: skip
+    tokenizer = AutoProcessor.from_pretrained(base).tokenizer
+    assert set(tokenizer.get_vocab()) == {"<pad>", "<unk>", "|", *"ısıikithree"}
+    assert "'[nefes] ISI' -> 'ISI'" in capsys.readouterr().err
+
+    run_recipe_main(personalize_main, *flags, "--model_name_or_path", base, "--speaker_id", "ann",
+                    "--adapter_hidden_sizes", 2, "--output_dir", adapter)  # fmt: skip
+    assert (adapter / "eval_results.json").is_file()
+    assert "outside the vocabulary" not in caplog.text  # as "isi" or "i\u0307ki" would be
+    with pytest.raises(ValueError, match="`language` must be tr, by which .* got en"):
+        run_recipe_main(personalize_main, *flags, "--model_name_or_path", base, "--speaker_id", "ann",
+                        "--language", "en", "--output_dir", tmp_path / "other")  # fmt: skip
+    assert not (tmp_path / "other").exists()
