@@ -323,6 +323,7 @@ def draw_pair(path: str | Path, samples: np.ndarray, heard: np.ndarray, sampling
 
 
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    path = path.resolve()  # a link stays
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}")
     write(scratch)

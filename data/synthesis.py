@@ -225,7 +225,8 @@ def _load_library() -> Iterator[tuple[ctypes.CDLL, int]]:
             yield library, sampling_rate
         finally:
             library.espeak_Terminate()
-            _ctypes.dlclose(library._handle)
+            unload = _ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose
+            unload(library._handle)
 
 
 def _check_variant(voice: Voice) -> None:

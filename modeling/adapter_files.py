@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 from transformers.utils.hub import cached_file, resolve_revision
 
 from .active_adapters import find_active_adapters
-from .files import find_whole, write_whole
+from .files import find_whole, reading, write_whole
 from .fingerprint import fingerprint_base, fingerprint_processor
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -144,9 +144,10 @@ def read_adapter(path_or_repo: str | Path, **hub_kwargs) -> SavedAdapter:
         ValueError: A file is missing or damaged, the weights are pickled, or not finite, or the configuration is no
             adapter's or has values of wrong types.
     """
-    config_path, weights_path = _find_files(path_or_repo, hub_kwargs)
-    settings = _read_config(config_path)
-    tensors, metadata = _read_tensors(weights_path)
+    with reading(Path(path_or_repo) / str(hub_kwargs.get("subfolder") or "")):
+        config_path, weights_path = _find_files(path_or_repo, hub_kwargs)
+        settings = _read_config(config_path)
+        tensors, metadata = _read_tensors(weights_path)
     entries = {key: settings.get(key, metadata.get(key)) for key in (FINGERPRINT_ENTRY, MISMATCH_ENTRY)}
     fingerprint, is_mismatch_allowed = entries[FINGERPRINT_ENTRY], entries[MISMATCH_ENTRY] or False
     if not isinstance(fingerprint, (dict, type(None))) or not isinstance(is_mismatch_allowed, bool):
@@ -171,9 +172,11 @@ def describe_adapter(folder: str | Path) -> dict[str, object]:
     Raises:
         ValueError: A file is missing or damaged, or the configuration is no adapter's.
     """
-    config_path, weights_path = _find_in_folder(folder)
-    config = _read_config(config_path)
-    shapes, dtypes = _read_header(weights_path)
+    with reading(folder):
+        config_path, weights_path = _find_in_folder(folder)
+        config = _read_config(config_path)
+        shapes, dtypes = _read_header(weights_path)
+        num_bytes = weights_path.stat().st_size
     targets = config.get("target_modules")
     return {
         "kind": config.get("kind") or config["peft_type"].lower(),
@@ -181,7 +184,7 @@ def describe_adapter(folder: str | Path) -> dict[str, object]:
         "target_modules": sorted(targets) if isinstance(targets, list) else targets,
         "base": config.get("base_model_name_or_path"),
         "parameters": sum(map(prod, shapes)),
-        "bytes": weights_path.stat().st_size,
+        "bytes": num_bytes,
         "dtype": ",".join(sorted(set(dtypes))),
     }
 

@@ -279,16 +279,14 @@ def _read_checked(files: Files, target: memoryview) -> bool:
     """Fills `target` with all that follows the header; false if file or header are not those of `files`."""
     header, expected = bytearray(len(files.header)), len(files.header) + len(target)
     try:
-        file = os.open(f"{files.folder}/{ADAPTER_WEIGHTS_NAME}", os.O_RDONLY | os.O_CLOEXEC)
+        file = open(f"{files.folder}/{ADAPTER_WEIGHTS_NAME}", "rb", buffering=0)
     except FileNotFoundError:
         return False
-    try:
-        if _describe(os.fstat(file)) != files.states[1]:
+    with file:
+        if _describe(os.fstat(file.fileno())) != files.states[1]:
             return False
-        count = done = os.preadv(file, [header, target], 0)
-        while count and len(header) <= done < expected:
-            count = os.preadv(file, [target[done - len(header) :]], done)
+        if (done := file.readinto(header)) != len(header):
+            return False
+        while count := file.readinto(target[done - len(header) :]):
             done += count
-        return done == expected and header == files.header and _describe(os.fstat(file)) == files.states[1]
-    finally:
-        os.close(file)
+        return done == expected and header == files.header and _describe(os.fstat(file.fileno())) == files.states[1]

@@ -353,7 +353,7 @@ def export_adapter(arguments: ConversionArguments) -> None:
     widths = [by_layer[0][-1], *(size[0] for size in by_layer)] if by_layer else []
     shapes = get_adapter_shapes(widths)
     check_tensors("adapter", folder, tensors=tensors, shapes=shapes)
-    path = Path(arguments.output_file)
+    path = Path(arguments.output_file).resolve()  # a link stays
     with write_whole(path.parent) as scratch:
         content = {
             "adapter_state_dict": {name: tensors[name] for name in shapes},

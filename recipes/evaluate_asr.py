@@ -11,7 +11,6 @@ python recipes/evaluate_asr.py --compare --model_name_or_path BASE --adapter ALI
 import json
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from accelerate import PartialState
 from transformers import ProcessorMixin
@@ -23,7 +22,7 @@ from data.metrics import format_score_table
 from data.speakers import select_speakers
 from data.text import set_language
 from modeling.adapters import adapters_off
-from modeling.files import write_whole
+from modeling.files import write_text
 from recipes.arguments import parse_arguments
 from recipes.beam_search import DecodingArguments, build_decoder
 from recipes.decoding import evaluate_dataset, load_recognizer
@@ -140,9 +139,7 @@ def write_scores(arguments: EvaluateArguments, scores: dict) -> None:
     }
     if arguments.compare:
         source |= {"base_dataset": arguments.base_dataset, "base_split": arguments.base_split}
-    path = Path(arguments.output_file)
-    with write_whole(path.parent) as folder:
-        (folder / path.name).write_text(json.dumps({**scores, **source}, indent=2, ensure_ascii=False) + "\n")
+    write_text(arguments.output_file, json.dumps({**scores, **source}, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_regression(scores: dict[str, dict], max_regression: float) -> None:

@@ -6,6 +6,8 @@ python -m recipes.hub outputs/whisper --hub_model_id me/whisper --hub_base_model
 import argparse
 import json
 import logging
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,18 +16,31 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import TrainingArguments
-from transformers.utils import CONFIG_NAME
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    CHAT_TEMPLATE_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
 from modeling.adapter_code import find_adapter_code
-from modeling.files import finish_moving
+from modeling.files import find_whole, list_whole
 from recipes.card import CARD_NAME, is_hub_name, read_subject, render_card
+from recipes.domain_report import REPORT_NAME
+from recipes.report import RESULTS_NAME
 
 logger = logging.getLogger(__name__)
 
-# What may leave the machine, by suffix: pickles (training_args.bin, optimizer states) never do.
-SUFFIXES = (".safetensors", ".json", ".py", ".png", ".jinja", ".txt", ".model")
-# The Trainer's diary names local folders.
-PRIVATE_NAME = "trainer_state.json"
+# What may leave the machine, by name: a folder may hold keys, notes and pickles too.
+NAMES = {CARD_NAME, RESULTS_NAME, REPORT_NAME, ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME}
+NAMES |= {PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CHAT_TEMPLATE_FILE}
+NAMES |= {SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, "vocab.json", "vocab.txt", "merges.txt", "normalizer.json"}
+NAMES |= {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.png)\)")  # of a card
 
 
 @dataclass(frozen=True)
@@ -155,11 +170,8 @@ def collect_files(folder: str | Path, target: HubTarget) -> dict[str, Path | byt
         ValueError: `folder` holds neither a model nor an adapter.
     """
     folder = Path(folder)
-    finish_moving(folder)
     files: dict[str, Path | bytes] = {
-        path.name: path
-        for path in sorted(folder.glob("[!.]*"))
-        if path.is_file() and (path.suffix in SUFFIXES or path.name == CARD_NAME) and path.name != PRIVATE_NAME
+        name: find_whole(folder, name) for name in list_whole(folder) if name in NAMES or WEIGHTS.fullmatch(name)
     }
     if not files.keys() & {ADAPTER_CONFIG_NAME, CONFIG_NAME}:
         raise ValueError(f"`folder` must hold an adapter or a model, got {folder}. Name the output of a recipe.")
@@ -176,7 +188,28 @@ def collect_files(folder: str | Path, target: HubTarget) -> dict[str, Path | byt
         config |= {"base_model_name_or_path": target.base_model_id, "revision": target.base_revision}
         files[ADAPTER_CONFIG_NAME] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         files |= adapter_code()
+    files |= {path.name: path for path in _find_code(files)}
+    pictures = PICTURE.findall(_read(files.get(CARD_NAME, b"")).decode())
+    files |= {name: find_whole(folder, name) for name in pictures if name in list_whole(folder)}
+    if links := sorted(name for name, content in files.items() if isinstance(content, Path) and content.is_symlink()):
+        raise ValueError(f"`folder` must hold files to push, got links: {', '.join(links)}. Put the files there.")
     return files
+
+
+def _find_code(files: Mapping[str, Path | bytes]) -> Iterator[Path]:
+    """Yields the code that the configurations name, and what it imports."""
+    for name, content in files.items():
+        if not name.endswith("config.json"):
+            continue
+        for classes in json.loads(_read(content)).get("auto_map", {}).values():
+            for reference in [classes] if isinstance(classes, str) else classes:
+                entry = content.with_name(f"{(reference or '').split('.')[0]}.py")
+                if entry.is_file():
+                    yield from (entry, *map(Path, get_relative_import_files(entry)))
+
+
+def _read(content: Path | bytes) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
 
 
 def adapter_code() -> dict[str, Path]:

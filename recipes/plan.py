@@ -23,7 +23,7 @@ from transformers.training_args import OptimizerNames
 from data.audio import SAMPLING_RATE
 from data.augmentation import Augmentation
 from data.feature_cache import DTYPES
-from modeling.files import write_whole
+from modeling.files import write_text
 from modeling.frozen_prefix import find_frozen_prefix
 from recipes.arguments import parse_arguments
 from recipes.planning import (
@@ -354,8 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         planner.try_out(plan)
     print(format_plan(plan))
     if options.output_file:
-        with write_whole(options.output_file.parent) as scratch:
-            (scratch / options.output_file.name).write_text(json.dumps(plan.to_dict(), indent=2) + "\n")
+        write_text(options.output_file, json.dumps(plan.to_dict(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from accelerate import PartialState
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from data.audio import AudioError
 from modeling.adapter_store import AdapterStore, list_adapter_names, locate_adapter
 from modeling.adapters import BASE, check_adapter_name
-from modeling.files import write_whole
+from modeling.files import write_text
 from recipes.arguments import parse_arguments
 from recipes.beam_search import DecodingArguments, build_decoder
 from recipes.decoding import Transcript, load_recognizer, transcribe_recordings
@@ -263,12 +262,11 @@ def open_store(
 
 
 def write_output(text: str, path: str | None) -> None:
-    """Prints `text`, or replaces the file at `path` with it."""
+    """Prints `text`, or writes it to the file at `path`."""
     if path is None:
         print(text)
-        return
-    with write_whole(Path(path).parent) as folder:
-        (folder / Path(path).name).write_text(text + "\n", encoding="utf-8")
+    else:
+        write_text(path, text + "\n")
 
 
 if __name__ == "__main__":

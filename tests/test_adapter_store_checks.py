@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import leave_pending
 from peft import LoraConfig
 from safetensors.torch import load_file, save
 from serving import BIAS, CONFIG_NAME, logits_loaded, logits_served, write_adapter
 
 from modeling import AdapterStore, DeepSpeech2ForCTC, SpeechAdapterConfig, load_speech_adapter, save_adapter
 from modeling.adapter_store import MAX_TABLES, list_adapter_names, locate_adapter
+from modeling.adapter_table import _describe as describe
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, BASE
+from modeling.files import PENDING_FOLDER
+from recipes.adapters import main as adapters_main
+from recipes.hub import HubTarget, collect_files
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 1.5, "2"])
@@ -198,14 +203,78 @@ def test_an_adapter_that_is_saved_again_is_read_again(tiny_model, tiny_base, sto
     assert store.loaded == ["ann"]
 
 
-def test_a_save_that_was_interrupted_is_finished_first(tiny_model, tiny_base, store_folder, five_rows):
+@pytest.mark.parametrize("num_moved", [0, 1])
+def test_a_save_that_was_interrupted_is_served_where_it_is(
+    tiny_model, tiny_base, store_folder, five_rows, tmp_path, num_moved
+):
     store = AdapterStore(tiny_model, store_folder)
-    store.activate("ann")
-    write_adapter(tiny_base, store_folder / "ann" / ".moving", 9, kind="mlp")
+    old = logits_served(store, ["ann"] * 5, five_rows)
+    write_adapter(tiny_base, tmp_path / "new" / "ann", 9, kind="mlp")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "new" / "ann").iterdir()}
+    leave_pending(store_folder / "ann", files, num_moved=num_moved)
 
     said = logits_served(store, ["ann"] * 5, five_rows)
 
-    assert sorted(os.listdir(store_folder / "ann")) == [CONFIG_NAME, ADAPTER_WEIGHTS_NAME]
+    assert (store_folder / "ann" / PENDING_FOLDER / ADAPTER_WEIGHTS_NAME).is_file()
+    assert not torch.equal(said, old)
+    assert torch.equal(said, logits_loaded(tiny_base, tmp_path / "new", ["ann"] * 5, five_rows))
+
+
+@pytest.mark.parametrize("name", ["info", "load", "store", "push"])
+def test_reading_an_adapter_moves_nothing_out_of_a_folder_that_it_links_to(tiny_model, store_folder, tmp_path, name):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / ADAPTER_WEIGHTS_NAME).write_text("mine")
+    (store_folder / "ann" / PENDING_FOLDER).symlink_to(precious)
+    folder = store_folder / "ann"
+    acts = {
+        "info": lambda: adapters_main(["info", str(folder)]),
+        "load": lambda: load_speech_adapter(tiny_model, str(folder), "ann"),
+        "store": lambda: AdapterStore(tiny_model, store_folder).activate("ann"),
+        "push": lambda: collect_files(folder, HubTarget("me/ann")),
+    }
+    with pytest.raises(ValueError, match="`folder` must not hold .moving, which no writer of this machine left"):
+        acts[name]()
+    assert os.listdir(precious) == [ADAPTER_WEIGHTS_NAME]
+
+
+def test_an_adapter_that_changes_while_it_is_checked_is_read_again(
+    tiny_model, tiny_base, store_folder, five_rows, monkeypatch
+):
+    def read_late(folder: str):
+        saved = read_adapter(folder)
+        if not changes:
+            changes.append(write_adapter(tiny_base, store_folder / "ann", 9, kind="mlp"))
+        return saved
+
+    changes = []
+    monkeypatch.setattr("modeling.adapter_store.read_adapter", read_late)
+    said = logits_served(AdapterStore(tiny_model, store_folder), ["ann"] * 5, five_rows)
+
+    assert len(changes) == 1
+    assert torch.equal(said, logits_loaded(tiny_base, store_folder, ["ann"] * 5, five_rows))
+
+
+def test_weights_that_change_while_they_are_read_are_read_again(
+    tiny_model, tiny_base, store_folder, five_rows, monkeypatch
+):
+    store = AdapterStore(tiny_model, store_folder, capacity=1)
+    store.activate("ann")
+    store.activate("ben")
+    path = store_folder / "ann" / ADAPTER_WEIGHTS_NAME
+    changed = {name: value.neg() for name, value in load_file(path).items()}
+    content, looks = save(changed, metadata={"format": "pt"}), []
+
+    def describe_and_change(status: os.stat_result):
+        looks.append(status.st_ino == path.stat().st_ino)
+        if looks[-1] and looks.count(True) == 2:  # the file has just been opened
+            path.write_bytes(content)
+        return describe(status)
+
+    monkeypatch.setattr("modeling.adapter_table._describe", describe_and_change)
+    said = logits_served(store, ["ann"] * 5, five_rows)
+
+    assert looks.count(True) > 2
     assert torch.equal(said, logits_loaded(tiny_base, store_folder, ["ann"] * 5, five_rows))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from kills import leave_pending
 from minihub import MiniHub
 from readme import find_commands, find_example
 from transformers import AutoModelForCTC, WhisperConfig, WhisperForConditionalGeneration
@@ -301,11 +302,37 @@ def test_a_folder_without_card_is_pushed_with_a_warning(tiny_base, caplog):
     assert {path.suffix for path in files.values()} <= {".json", ".py", ".safetensors"}
 
 
-def test_pickles_diaries_and_hidden_files_stay_here(tmp_path):
-    for name in ("config.json", "training_args.bin", "optimizer.pt", "trainer_state.json", ".secret.json", "x.py"):
+def test_only_what_belongs_to_the_model_leaves_the_machine(tmp_path):
+    private = ["training_args.bin", "optimizer.pt", "trainer_state.json", ".secret.json", "credentials.json"]
+    private += ["notes.txt", "train.py", "photo.png", "backup.safetensors", "model-old.safetensors", "vocab.json.bak"]
+    public = ["generation_config.json", "vocab.json", "model-00001-of-00002.safetensors", "results.png"]
+    public += ["model.safetensors.index.json", "modeling_x.py", "parts_x.py", "processing_x.py"]
+    for name in private + public:
         (tmp_path / name).write_text("{}")
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_x.Model"}}')
+    (tmp_path / "processor_config.json").write_text('{"auto_map": {"AutoProcessor": [null, "processing_x.X"]}}')
+    (tmp_path / "modeling_x.py").write_text("from .parts_x import Part\n")
+    (tmp_path / "README.md").write_text("# x\n\n![Results](results.png)\n")
     (tmp_path / "checkpoint-1").mkdir()
-    assert collect_files(tmp_path, HubTarget("me/x")).keys() == {"config.json", "x.py"}
+    expected = {*public, "config.json", "processor_config.json", "README.md"}
+    assert collect_files(tmp_path, HubTarget("me/x")).keys() == expected
+
+
+def test_what_a_killed_save_left_is_pushed_and_not_moved(tmp_path):
+    leave_pending(tmp_path, {"config.json": b"{}", "model.safetensors": b"new"})
+    files = collect_files(tmp_path, HubTarget("me/x"))
+    assert {name: path.read_bytes() for name, path in files.items()} == {
+        "config.json": b"{}",
+        "model.safetensors": b"new",
+    }
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_links_are_not_pushed(tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "config.json").symlink_to("secret")
+    with pytest.raises(ValueError, match="`folder` must hold files to push, got links: config.json. Put the files"):
+        collect_files(tmp_path, HubTarget("me/x"))
 
 
 def test_readme_commands_push_what_the_readme_example_loads(hub, trained, small_base, tmp_path, monkeypatch):
