@@ -9,11 +9,13 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data.ldv import LDVChannel
 from modeling.adapters import adapters_off
 from recipes.adapt_domain import ARGUMENTS, main
 from recipes.arguments import parse_arguments
+from recipes.audio_tower import find_family, load_model, load_tower_alone
 from recipes.chat import answer, load_chat
 from recipes.domain_methods import METHODS, DomainArguments
 from recipes.hub import HubTarget, collect_files
@@ -83,6 +85,26 @@ def recorded_corpus(small_corpus, tmp_path):
     return write
 
 
+def spy(monkeypatch, load, look) -> list:
+    """What `look` sees in each model that the recipe loads with a function, right after it."""
+    seen = []
+
+    def load_and_look(*args, **kwargs):
+        model = load(*args, **kwargs)
+        seen.append(look(model))
+        return model
+
+    monkeypatch.setattr(f"recipes.domain_methods.{load.__name__}", load_and_look)
+    return seen
+
+
+def split_parameters(model) -> tuple[set[str], set[str]]:
+    """Names of the parameters without memory, and of those outside the audio tower."""
+    tower = find_family(model.config).tower
+    names = {name: value.is_meta for name, value in model.named_parameters()}
+    return {name for name in names if names[name]}, {name for name in names if not name.startswith(f"{tower}.")}
+
+
 def read_results(folder: Path) -> dict:
     return json.loads((folder / "eval_results.json").read_text())
 
@@ -129,10 +151,13 @@ def test_a_saved_adapter_acts_and_is_nothing_when_off(adapt_domain, domain_bases
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_distillation_needs_the_tower_alone_and_makes_features_more_alike(adapt_domain, family):
+def test_distillation_needs_the_tower_alone_and_makes_features_more_alike(adapt_domain, monkeypatch, family):
     flags = ("--objective", "distill", "--tower_only", "--max_steps", 24, "--report_clips", 2, "--use_gate", "true")
     flags += ("--logging_steps", 12)
+    loaded = spy(monkeypatch, load_tower_alone, split_parameters)
     output_dir = adapt_domain(*flags, family=family)
+    ((on_meta, outside),) = loaded
+    assert on_meta == outside != set()
     results = read_results(output_dir)
     assert results["ldv_feature_cosine_after"] > results["ldv_feature_cosine_before"]
     assert results["ldv_feature_l2_after"] < results["ldv_feature_l2_before"]
@@ -160,19 +185,32 @@ def test_a_resumed_adaptation_equals_the_uninterrupted_one(adapt_domain, trained
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def test_caching_changes_nothing_but_the_time(adapt_domain, tmp_path):
+def test_caching_changes_nothing_but_the_time(adapt_domain, monkeypatch, tmp_path):
     flags = ("--objective", "both", "--adapter_dropout", 0.0)
-    folders = [
-        adapt_domain(*flags, "--cache_features", cached, output_dir=tmp_path / cached) for cached in ("true", "false")
-    ]
-    cached, fresh = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    calls, forward = [], WhisperEncoder.forward
+
+    def count(self, *args, **kwargs):
+        calls[-1] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(WhisperEncoder, "forward", count)
+    folders = []
+    for run, cached in (("fresh", "false"), ("cached", "true"), ("again", "true")):
+        calls.append(0)
+        folders.append(adapt_domain(*flags, "--cache_features", cached, output_dir=tmp_path / run))
+        assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == (cached == "true")
+    assert calls[0] > calls[1] > calls[2]
+    fresh, cached, again = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert [name for name in cached if not torch.equal(cached[name], again[name])] == []
     for name, tensor in cached.items():
         torch.testing.assert_close(fresh[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("method", ["lora_llm", "domain_adapter"])
-def test_adapters_learn_in_full_precision_over_a_base_in_four_bits(adapt_domain, method):
+def test_adapters_learn_in_full_precision_over_a_base_in_four_bits(adapt_domain, monkeypatch, method):
+    layers = spy(monkeypatch, load_model, lambda model: type(model.model.language_model.layers[0].mlp.up_proj))
     output_dir = adapt_domain("--method", method, "--load_in_4bit", "true", family="qwen2_audio")
+    assert [layer.__name__ for layer in layers] == ["Linear4bit"]
     tensors = load_file(output_dir / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     last = [tensor for name, tensor in tensors.items() if "lora_B" in name or "output_norm" in name]

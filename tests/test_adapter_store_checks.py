@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from serving import BIAS, CONFIG_NAME, logits_loaded, logits_served, write_adapter
 
 from modeling import AdapterStore, DeepSpeech2ForCTC, SpeechAdapterConfig, load_speech_adapter, save_adapter
+from modeling.adapter_files import read_adapter
 from modeling.adapter_store import MAX_TABLES, list_adapter_names, locate_adapter
 from modeling.adapter_table import _describe as describe
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, BASE
@@ -293,6 +294,20 @@ def test_a_file_that_has_not_changed_is_not_checked_twice(tiny_model, store_fold
     path.touch()
     with pytest.raises(ValueError, match="`adapter` must have finite weights"):
         store.activate("ann")
+
+
+def test_adapters_that_come_back_into_memory_are_read_without_the_checks(tiny_model, people, monkeypatch):
+    read = []
+
+    def count(folder):
+        read.append(Path(folder).name)
+        return read_adapter(folder)
+
+    monkeypatch.setattr("modeling.adapter_store.read_adapter", count)
+    store = AdapterStore(tiny_model, people, capacity=1)
+    for name in ("ann", "ben", "ann", "ben"):
+        store.activate(name)
+    assert read == ["ann", "ben"]
 
 
 def test_a_training_model_is_refused_and_left_as_it_was(tiny_model, people):

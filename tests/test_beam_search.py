@@ -110,6 +110,24 @@ def test_ngram_chooses_the_likelier_of_two_words_that_sound_the_same(tokenizer, 
     assert BeamDecoder(tokenizer, ngram=write_arpa(cat, cut)).decode(log_probs) == likelier
 
 
+@pytest.mark.parametrize(("cat", "cut", "likelier"), [("-0.5", "-1.5", "cat"), ("-1.5", "-0.5", "cut")])
+def test_ngram_chooses_between_words_of_a_word_list(tokenizer, word_list, write_arpa, cat, cut, likelier):
+    log_probs = make_log_probs(tokenizer, "cat", also={1: ("u", 0.0)})
+
+    decoder = BeamDecoder(tokenizer, word_list=word_list, ngram=write_arpa(cat, cut))
+    assert decoder.decode(log_probs) == likelier
+
+
+def test_lm_weight_says_how_much_the_ngram_counts(tokenizer, write_arpa):
+    # The audio prefers "cut" by 1, the n-gram "cat" by 1 in log10.
+    log_probs = make_log_probs(tokenizer, "cut", also={1: ("a", -1.0)})
+
+    decoded = [
+        BeamDecoder(tokenizer, ngram=write_arpa(), lm_weight=weight).decode(log_probs) for weight in (0, 0.5, 1.5, 5)
+    ]
+    assert decoded == ["cut", "cut", "cat", "cat"]
+
+
 def test_ngram_is_outweighed_by_clear_speech(tokenizer, write_arpa):
     log_probs = make_log_probs(tokenizer, "cut")
 

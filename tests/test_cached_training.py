@@ -9,6 +9,7 @@ from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
 from data.corpora import load_corpus
 from modeling import SpeechAdapterConfig
+from modeling.frozen_prefix import FrozenPrefix
 from recipes.cached_training import CacheArguments, FrozenPart
 
 
@@ -61,12 +62,20 @@ def test_cached_and_uncached_rows_and_whole_forwards_give_one_gradient(make_froz
         assert (first - third).norm() <= 1e-3 * third.norm()
 
 
-def test_a_second_run_reads_the_cache_of_the_first(make_frozen, utterances, tmp_path):
-    frozen = make_frozen()
+def test_a_second_run_reads_the_cache_of_the_first(make_frozen, utterances, monkeypatch, tmp_path):
+    frozen, run, calls = make_frozen(), FrozenPrefix.__call__, []
+
+    def count(self, batch):
+        calls.append(batch)
+        return run(self, batch)
+
+    monkeypatch.setattr(FrozenPrefix, "__call__", count)
     frozen.prepare(utterances())
+    assert len(calls) == 3  # twelve utterances, four at a time
     (path,) = tmp_path.rglob("*.safetensors")
     before = path.stat().st_mtime_ns
     frozen.prepare(utterances())
+    assert len(calls) == 3
     assert [path] == list(tmp_path.rglob("*.safetensors"))
     assert path.stat().st_mtime_ns == before
 

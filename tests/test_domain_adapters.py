@@ -57,6 +57,8 @@ def batch(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_starts_as_nothing_bit_for_bit(name, kind, attention, dtype):
     model = MAKERS[name](attention).to(dtype)
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    assert {config._attn_implementation for config in configs} == {attention}
     batch = make_batch(model)
     before = logits(model, batch)
     texts = [generate(model, batch, num_beams=beams) for beams in (1, 2)]

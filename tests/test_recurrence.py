@@ -112,11 +112,20 @@ def test_frozen_weights_get_no_gradient_computed(gru):
     assert counter.get_total_flops() == 18 * 2 * 2 * 2 * 3 * 5 * (6 + 5)
 
 
-def test_layers_in_training_and_in_evaluation_are_one_function(tiny_model):
+def test_layers_in_training_and_in_evaluation_are_one_function(tiny_model, monkeypatch):
+    layers = []
+
+    def count(gru, *args):
+        layers.append(gru)
+        return run_bidirectional_gru(gru, *args)
+
+    monkeypatch.setattr("modeling.modeling_deepspeech2.run_bidirectional_gru", count)
     batch = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(4))
     with_gradient = tiny_model(batch).logits
+    assert len(layers) == tiny_model.config.num_hidden_layers
     with torch.no_grad():
         without = tiny_model(batch).logits
+    assert len(layers) == tiny_model.config.num_hidden_layers  # no more: torch's own layers ran
 
     assert with_gradient.requires_grad
     torch.testing.assert_close(with_gradient.detach(), without, atol=1e-5, rtol=1e-5)
