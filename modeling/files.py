@@ -41,21 +41,48 @@ def write_whole(folder: str | Path) -> Iterator[Path]:
         ValueError: As [`find_whole`].
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        with _locked(folder):
-            _remove_stale(folder)
-            scratch = _make_scratch(folder)
-            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-            stack.enter_context(_locked(scratch / MARK_NAME))  # tells others that its writer lives
+    with make_scratch(folder) as scratch:
         yield scratch
-        _complete(scratch)
+        _complete(scratch, scratch)
         with _locked(folder):
             _finish_moving(folder)
             shutil.copymode(folder, scratch)  # whoever may read the folder may read the files that move
             os.rename(scratch, folder / PENDING_FOLDER)
             _sync(folder)
             _finish_moving(folder)
+
+
+@contextmanager
+def make_scratch(folder: str | Path) -> Iterator[Path]:
+    """Gives a scratch folder in `folder`, and removes it at the end; what killed processes left there goes first."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with _locked(folder):
+            _remove_stale(folder)
+            scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=folder))
+            stack.callback(_remove_scratch, scratch)
+            (scratch / MARK_NAME).write_bytes(_mark(scratch))
+            stack.enter_context(_locked(scratch / MARK_NAME))  # tells others that its writer lives
+        yield scratch
+
+
+def move_folder(source: str | Path, target: str | Path) -> None:
+    """
+    Moves a folder out of a scratch folder to `target`, in place of what is there: all of its files or none.
+
+    A process that is killed leaves the old folder, the new one or, for an instant, none.
+
+    Args:
+        source: In the folder of [`make_scratch`].
+        target: Its new name, in the folder that the scratch folder is in.
+    """
+    source, target = Path(source), Path(target)
+    _complete(source, source.parent)
+    if target.exists():
+        os.rename(target, source.with_name(f"old-{target.name}"))
+    os.rename(source, target)
+    _sync(target.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -151,12 +178,6 @@ def _mark(folder: Path) -> bytes:
     return f"{os.lstat(folder).st_ino}\n".encode()
 
 
-def _make_scratch(folder: Path) -> Path:
-    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=folder))
-    (scratch / MARK_NAME).write_bytes(_mark(scratch))
-    return scratch
-
-
 def _remove_stale(folder: Path) -> None:
     for scratch in folder.glob(f"{SCRATCH_PREFIX}*"):
         if not fcntl or scratch.is_symlink() or not scratch.is_dir():
@@ -165,17 +186,31 @@ def _remove_stale(folder: Path) -> None:
         is_empty = set(os.listdir(scratch)) <= {MARK_NAME}
         if is_empty or (mark.is_file() and mark.read_bytes() == _mark(scratch)):
             with suppress(BlockingIOError), _locked(mark, is_waiting=False):
-                shutil.rmtree(scratch)
+                _remove_scratch(scratch)
 
 
-def _complete(scratch: Path) -> None:
+def _remove_scratch(scratch: Path) -> None:
+    """Removes a scratch folder, its mark last: what is left of one that was half removed is known for ours."""
+    with suppress(OSError):
+        for path in scratch.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != MARK_NAME:
+                path.unlink()
+        (scratch / MARK_NAME).unlink(missing_ok=True)
+        scratch.rmdir()
+
+
+def _complete(folder: Path, scratch: Path) -> None:
     """Gives all files the permissions of the mark, which are those of any new file, and waits for the disk."""
     mode = stat.S_IMODE((scratch / MARK_NAME).stat().st_mode)  # safetensors writes 0600
-    for path in scratch.iterdir():
-        path.chmod(mode)
-        with path.open("r+b") as file:  # Windows syncs only what may be written
-            os.fsync(file.fileno())
-    _sync(scratch)
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            _sync(path)
+        else:
+            path.chmod(mode)
+            with path.open("r+b") as file:  # Windows syncs only what may be written
+                os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

@@ -25,7 +25,7 @@ HONOURED_BY_TRAINER = HONOURED_BY_STACK | frozenset(
     gradient_checkpointing_kwargs torch_empty_cache_steps
     logging_nan_inf_filter log_level_replica log_on_each_node report_to run_name project trackio_space_id
     trackio_bucket_id trackio_static_space_id debug eval_on_start
-    save_only_model save_on_each_node ignore_data_skip restore_callback_states_from_checkpoint
+    save_only_model resume_without_state save_on_each_node ignore_data_skip restore_callback_states_from_checkpoint
     push_to_hub hub_model_id hub_token hub_private_repo hub_revision
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order

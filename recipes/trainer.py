@@ -2,20 +2,31 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    SCALER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+    TRAINING_ARGS_NAME,
+)
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from modeling.adapter_blocks import seed_dropout
 from modeling.adapters import (
@@ -25,6 +36,8 @@ from modeling.adapters import (
     name_on_disk,
     save_adapter,
 )
+from modeling.files import make_scratch, move_folder, write_whole
+from recipes.checkpoints import find_checkpoint, list_model_weights
 from recipes.honoured_arguments import HONOURED_BY_TRAINER, check_honoured, check_needed, list_changed
 
 
@@ -48,6 +61,10 @@ class RecipeTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Drop what the model's forward does not name; collators here do that."}
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository on the Hub private."})
+    resume_without_state: bool = field(
+        default=False,
+        metadata={"help": "Resume from weights alone: with a fresh optimizer, schedule and random state."},
+    )
     tri_stage: bool = field(
         default=False, metadata={"help": "Warm up, hold, decay exponentially, in place of lr_scheduler_type."}
     )
@@ -216,23 +233,25 @@ class SeededSampler(Sampler[int]):
         yield from torch.randperm(len(self.dataset), generator=generator).tolist()
 
 
-class DatasetEpochCallback(TrainerCallback):
-    """
-    Tells the training data which epoch begins.
-
-    accelerate's loaders do not where they skip batches to resume, or share them between processes (1.15).
-    """
-
-    def on_epoch_begin(self, _args, state, _control, *, train_dataloader, **_kwargs) -> None:
-        if hasattr(train_dataloader.dataset, "set_epoch"):
-            train_dataloader.dataset.set_epoch(int(state.epoch or 0))
-
-
 class DropoutCallback(TrainerCallback):
     """Draws the adapters' dropout of each step from the seed and the step alone, as for each adapter of a stack."""
 
     def on_step_begin(self, args, state, _control, *, model, **_kwargs) -> None:
         seed_dropout(model, find_dropout_seed(args.seed, state.global_step))
+
+
+class RuntimeCallback(TrainerCallback, ExportableState):
+    """Keeps count of the seconds of training, those before the run was resumed among them."""
+
+    def __init__(self):
+        self.seconds_before, self._start = 0.0, 0.0
+
+    def on_train_begin(self, _args, _state, _control, **_kwargs) -> None:
+        self._start = time.time()
+
+    def state(self) -> dict:
+        """Returns what a checkpoint keeps."""
+        return {"args": {}, "attributes": {"seconds_before": self.seconds_before + time.time() - self._start}}
 
 
 def find_dropout_seed(seed: int, step: int) -> int:
@@ -253,8 +272,103 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args, score: Callable[[], Mapping[str, float]] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.score = score
-        self.add_callback(DatasetEpochCallback())
         self.add_callback(DropoutCallback())
+        self._runtime, self._scratch = RuntimeCallback(), None
+        self.add_callback(self._runtime)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """
+        As the Trainer's; true resumes from the newest whole checkpoint, or starts anew where there is none.
+
+        Raises:
+            ValueError: As [`find_checkpoint`].
+        """
+        checkpoint = find_checkpoint(
+            resume_from_checkpoint,
+            self.args.output_dir,
+            list_weights=self._list_weights,
+            state_names=() if self.args.resume_without_state else self._list_state_names(),
+        )
+        output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        output.metrics["train_runtime"] += self._runtime.seconds_before
+        return output
+
+    def _list_weights(self, checkpoint: Path) -> list[Path]:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return []  # in files of the engine's own, which it checks
+        if self._adapter_model() is None:
+            return list_model_weights(checkpoint)
+        return [folder / ADAPTER_WEIGHTS_NAME for folder in self._adapter_folders(checkpoint).values()]
+
+    def _list_state_names(self) -> list[str]:
+        is_alone = self.args.world_size <= 1
+        names = [SCHEDULER_NAME, "rng_state.pth" if is_alone else f"rng_state_{self.args.process_index}.pth"]
+        names += [] if self.is_deepspeed_enabled or self.is_fsdp_enabled else [OPTIMIZER_NAME]
+        return names + ([SCALER_NAME] if getattr(self.accelerator, "scaler", None) else [])
+
+    def _init_training_state(self, max_steps: int, *args) -> tuple[int, int]:
+        """As the Trainer's; a stream's passes are counted, which the Trainer takes for one of `max_steps` steps."""
+        position = super()._init_training_state(max_steps, *args)
+        checkpoint = args[2]
+        if checkpoint is None or hasattr(self.train_dataset, "__len__") or self.args.ignore_data_skip:
+            return position
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        num_passes, share = divmod(saved.epoch, 1)
+        return int(num_passes), round(share * saved.max_steps * self.args.gradient_accumulation_steps)
+
+    def _load_callback_state(self) -> None:
+        """Gives callbacks what a checkpoint keeps of them, such as the patience that is left."""
+        states = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                saved = states.setdefault(type(callback).__name__, callback.state())
+                if callback is not self.control:
+                    vars(callback).update(saved["attributes"])
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As the Trainer's, which would take a step of an epoch in which a finished run was resumed."""
+        has_lost_patience = any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        if self.state.global_step >= self.state.max_steps or has_lost_patience:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._scratch or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As the Trainer's, but beside its place; it appears whole, and then older ones go."""
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._shared_scratch(folder) as scratch:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(scratch / name):
+                self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(scratch / name / TRAINER_STATE_NAME))
+                move_folder(scratch / name, folder / name)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            limit = self.args.save_total_limit
+            rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    @contextmanager
+    def _shared_scratch(self, folder: Path) -> Iterator[Path]:
+        """A scratch folder that all processes save into meanwhile."""
+        with make_scratch(folder) as own:
+            paths = [str(own)]
+            broadcast_object_list(paths)
+            self._scratch = Path(paths[0])
+            try:
+                yield self._scratch
+                self.accelerator.wait_for_everyone()
+            finally:
+                self._scratch = None
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training and has_adapters(self._unwrapped()):
@@ -290,11 +404,12 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self._adapter_model()
-        if model is None:
-            return super()._save(output_dir, state_dict)
         output_dir = output_dir or self.args.output_dir
         if not self.args.should_save:
-            return None
+            return super()._save(output_dir, state_dict) if model is None else None
+        if model is None:
+            with write_whole(output_dir) as scratch:
+                return super()._save(str(scratch), state_dict)
         for name, folder in self._adapter_folders(output_dir).items():
             save_adapter(model, folder, name, processor=self.processing_class)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
@@ -302,8 +417,6 @@ class AdapterTrainer(Trainer):
 
     def _load_adapters(self, folder: str | Path) -> None:
         for name, path in self._adapter_folders(folder).items():
-            if not (path / ADAPTER_WEIGHTS_NAME).is_file():
-                raise ValueError(f"`{folder}` must hold adapter {name!r}, got no {path / ADAPTER_WEIGHTS_NAME}.")
             model = self._unwrapped()
             state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
             keys, saved = {name_on_disk(key): key for key in state}, load_peft_weights(str(path), device="cpu")

@@ -9,7 +9,7 @@ import torch
 
 from modeling.files import write_whole
 
-EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.fsync", "shutil.rmtree"}
+EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.fsync", "shutil.rmtree"}
 KILLED = 9
 
 
@@ -42,9 +42,9 @@ def kill_at_every_event(act: Callable[[], None], check: Callable[[], None], *, p
 def _run_child(act: Callable[[], None], number: int) -> None:
     num_left, sync = number, os.fsync
 
-    def count(event: str, _arguments: tuple) -> None:
+    def count(event: str, arguments: tuple) -> None:
         nonlocal num_left
-        if event in EVENTS:
+        if event in EVENTS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             num_left -= 1
             if num_left < 0:
                 os._exit(KILLED)
