@@ -1,69 +1,67 @@
 """Audio files as arrays: every clip is read, checked and resampled here, whole or in chunks."""
 
-import os
-import re
-from collections.abc import Iterator, Mapping
-from io import BytesIO
-from pathlib import Path
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import groupby
+from typing import BinaryIO
 
 import numpy as np
-import soundfile
 import soxr
 
+from .audio_decoders import count_seconds, iterate_blocks
+from .audio_files import AudioError, AudioSource, name_source, open_source
+from .audio_levels import MAX_PEAK, MIN_SECONDS, LevelMeter
+
+logger = logging.getLogger(__name__)
+
 SAMPLING_RATE = 16_000  # Hz, of every array in this project
-MIN_SECONDS = 0.025  # one analysis window; a shorter clip has no frame
-SILENCE_PEAK = 1e-4  # -80 dB of full scale, three steps of a 16-bit recording
-MAX_PEAK = 4.0  # lossy decoders overshoot 1 by a few percent; integers saved as floats reach 32768
-HEADER_TOLERANCE_FRAMES = 2 * 1152  # an mp3 header may count the encoder's padding, up to two mp3 frames
-UNKNOWN_DATA_BYTES = 2**31 - 2**16  # a wav written into a pipe states a size near 2**31 or 2**32
-STATED_BYTES = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)  # libsndfile's log
-STREAM_BLOCK_SECONDS = 10
+MIX = "mix"
+CHANNEL_NUMBERS = {"left": 1, "right": 2}
 
-AudioSource = str | os.PathLike | bytes | Mapping
+Block = tuple[int, np.ndarray]  # sampling rate, samples `(samples, channels)`
 
 
-class AudioError(ValueError):
-    """A recording that cannot be used; the message names the file, what is wrong with it, and the remedy."""
-
-
-def read_audio(source: AudioSource, *, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
+def read_audio(source: AudioSource, *, sampling_rate: int = SAMPLING_RATE, channel: str | int = MIX) -> np.ndarray:
     """
     Reads a whole recording as one channel.
 
     Args:
-        source: A path, the bytes of a file, or the `{"path", "bytes"}` dict of an undecoded `datasets.Audio` column.
-            Formats of libsndfile: wav, flac, ogg, mp3 and others; channels are averaged.
+        source: A path, "-" for standard input, the bytes of a file, or the `{"path", "bytes"}` dict of an undecoded
+            `datasets.Audio` column. Formats of libsndfile (wav, flac, ogg, mp3 and others) and, with PyAV installed,
+            m4a, webm, mp4, aac, amr, 3gp and wma. Files that stand one behind the other in one file are read all.
         sampling_rate: Wanted rate in Hz; a file with another rate is resampled with soxr's HQ filter.
+        channel: "mix" averages the channels, one that is upside down turned; "left", "right" or a number from 1 takes
+            one.
 
     Returns:
-        float32 array (samples,) in [-1, 1]; overshoots of a lossy decoder or of the resampler are clipped.
+        float32 array (samples,) in [-1, 1]. A recording that is louder is scaled as a whole; overshoots of the
+        resampler are clipped.
 
     Raises:
-        AudioError: The file is missing, empty, not audio or truncated, or fails `check_audio`. Truncated is a wav,
-            aiff, au, flac or mp3 that ends before its header says; an ogg carries no such promise.
+        AudioError: The file is missing, empty, not audio, truncated or damaged, has no such channel, or fails
+            `check_audio`. Truncated is what ends before its header says; an ogg and an mp3 without index say nothing.
 
     Example:
-        >>> file = BytesIO()
+        >>> import io, soundfile
+        >>> file = io.BytesIO()
         >>> soundfile.write(file, 0.5 * np.sin(np.arange(800)), 8_000, format="wav")
         >>> read_audio(file.getvalue()).shape
         (1600,)
     """
-    with _open_audio(source) as sound:
-        name = _name_source(source)
-        _check_header(sound, name)
-        try:
-            samples = sound.read(dtype="float32", always_2d=True).mean(axis=1)  # (samples,)
-        except soundfile.LibsndfileError as error:
-            raise _truncated_error(name, str(error)) from error
-        _check_decoded_frames(sound, samples.size, name)
-        check_audio(samples, name, sampling_rate=sound.samplerate)
-        if sound.samplerate != sampling_rate:
-            samples = soxr.resample(samples, sound.samplerate, sampling_rate, quality="HQ")
-    return np.clip(samples, -1.0, 1.0)
+    name = name_source(source)
+    with open_source(source) as file:
+        blocks = list(_read_channel(file, channel, name))
+    return np.concatenate(list(_resample(blocks, _plan_mix(blocks, name), sampling_rate)))
 
 
 def stream_audio(
-    source: AudioSource, *, chunk_seconds: float, overlap_seconds: float, sampling_rate: int = SAMPLING_RATE
+    source: AudioSource,
+    *,
+    chunk_seconds: float,
+    overlap_seconds: float,
+    sampling_rate: int = SAMPLING_RATE,
+    channel: str | int = MIX,
 ) -> Iterator[np.ndarray]:
     """
     Yields a recording of any duration in overlapping chunks, in memory bounded by a chunk.
@@ -73,20 +71,22 @@ def stream_audio(
         chunk 1                   [~~~-----------|~~~]             ~~~ = overlap_seconds, in both chunks
         chunk 2                                  [~~~----------]   the last may be shorter
 
-    The chunks without the overlaps, one after the other, are `read_audio(source)` within 1e-4. A chunk may be silent.
+    The chunks without the overlaps, one after the other, are `read_audio(source)`. A chunk may be silent. The file
+    is decoded twice, so that it is known to be good, and how loud it is, before the first chunk.
 
     Args:
         source: As in `read_audio`.
         chunk_seconds: Duration of every chunk but the last.
         overlap_seconds: Duration that a chunk shares with the one before it; at least 0 and less than `chunk_seconds`.
         sampling_rate: Rate of the chunks in Hz.
+        channel: As in `read_audio`.
 
     Returns:
         Iterator over float32 arrays (samples,) in [-1, 1].
 
     Raises:
         ValueError: `chunk_seconds` or `overlap_seconds` is out of range.
-        AudioError: As in `read_audio`; what a header cannot tell (truncated, NaN, wholly silent) while iterating.
+        AudioError: As in `read_audio`, before the first chunk.
     """
     if not 0 <= overlap_seconds < chunk_seconds:
         raise ValueError(
@@ -97,22 +97,42 @@ def stream_audio(
     overlap_samples = round(overlap_seconds * sampling_rate)
     if chunk_samples <= overlap_samples:
         raise ValueError(f"`chunk_seconds` must exceed the overlap by a sample, got {chunk_seconds}. Lengthen it.")
-    sound = _open_audio(source)  # here and not in the generator, so that a bad file is found before the first chunk
-    return _cut_chunks(sound, _name_source(source), sampling_rate, chunk_samples, overlap_samples)
+    name, file = name_source(source), open_source(source)
+    try:  # here and not in the generator, so that a bad file is found before the first chunk
+        mixes = _plan_mix(_read_channel(file, channel, name), name)
+    except BaseException:
+        file.close()
+        raise
+    blocks = _read_channel(file, channel, name)
+    return _cut_chunks(file, _resample(blocks, mixes, sampling_rate), chunk_samples, overlap_samples)
 
 
 def audio_seconds(source: AudioSource) -> float:
     """
-    Returns a recording's duration in seconds from its header, without decoding it.
+    Returns a recording's duration in seconds: what is decoded, whatever its header states.
+
+    Plain samples are counted without being read.
 
     Args:
         source: As in `read_audio`.
 
     Raises:
-        AudioError: The file is missing, empty or not audio.
+        AudioError: The file is missing, empty, not audio, truncated or damaged.
     """
-    with _open_audio(source) as sound:
-        return sound.frames / sound.samplerate
+    with open_source(source) as file:
+        return count_seconds(file, name_source(source))
+
+
+def count_channels(source: AudioSource) -> int:
+    """
+    Returns the number of a recording's channels.
+
+    Raises:
+        AudioError: As [`read_audio`] of its beginning.
+    """
+    name = name_source(source)
+    with open_source(source) as file, closing(iterate_blocks(file, name)) as blocks:
+        return next((block.shape[1] for _, block in blocks), 1)
 
 
 def check_audio(samples: np.ndarray, name: str, *, sampling_rate: int = SAMPLING_RATE) -> None:
@@ -125,118 +145,130 @@ def check_audio(samples: np.ndarray, name: str, *, sampling_rate: int = SAMPLING
         sampling_rate: Rate of `samples` in Hz.
 
     Raises:
-        AudioError: It is shorter than 25 ms, holds NaN or infinity, is silent (peak below 1e-4), or peaks above 4.
+        AudioError: It is shorter than 25 ms, holds NaN or infinity, peaks above 4, or is silent: constant, the last
+            bits of a converter, or a hiss below -80 dB of full scale from which nothing rises.
     """
-    if samples.size < MIN_SECONDS * sampling_rate:
+    meter = LevelMeter(1, sampling_rate)
+    meter.add(np.asarray(samples)[:, None])
+    _check_levels([meter], name)
+
+
+def parse_channel(channel: str | int) -> str | int:
+    """
+    Returns "mix", or the number, from 1, of the channel that `channel` names.
+
+    Raises:
+        ValueError: It is none of "left", "right", "mix" and a number from 1.
+    """
+    number = CHANNEL_NUMBERS.get(channel, channel)
+    if number != MIX and (not str(number).isascii() or not str(number).isdigit() or int(number) < 1):
+        raise ValueError(f"`channel` must be left, right, mix or a number from 1, got {channel!r}. Choose one.")
+    return MIX if number == MIX else int(number)
+
+
+def _read_channel(file: BinaryIO, channel: str | int, name: str) -> Iterator[Block]:
+    """Yields the blocks of a file with all channels or with one."""
+    number = parse_channel(channel)
+    for rate, block in iterate_blocks(file, name):
+        if number == MIX:
+            yield rate, block
+        elif number <= block.shape[1]:
+            yield rate, block[:, number - 1 : number]
+        else:
+            raise AudioError(f"`{name}` must have a channel {channel}, got {block.shape[1]} of them. Choose another.")
+
+
+def _group_blocks(blocks: Iterable[Block]) -> Iterator[tuple[int, int, Iterator[np.ndarray]]]:
+    """Yields sampling rate, number of channels and blocks of each stretch in which these do not change."""
+    for (rate, num_channels), group in groupby(blocks, key=lambda block: (block[0], block[1].shape[1])):
+        yield rate, num_channels, (block for _, block in group)
+
+
+def _plan_mix(blocks: Iterable[Block], name: str) -> list[np.ndarray]:
+    """Checks a recording; returns what its channels `(channels,)` are multiplied by in each stretch."""
+    meters = []
+    for rate, num_channels, group in _group_blocks(blocks):
+        meters.append(LevelMeter(num_channels, rate))
+        for block in group:
+            meters[-1].add(block)
+    scale = 1.0 / max(1.0, _check_levels(meters, name))
+    for meter in meters:
+        _warn_of_channels(meter, name)
+    return [(scale * meter.signs / meter.num_channels).astype(np.float32) for meter in meters]
+
+
+def _check_levels(meters: list[LevelMeter], name: str) -> float:
+    """Raises as [`check_audio`]; returns the peak."""
+    if sum(meter.num_samples / meter.sampling_rate for meter in meters) < MIN_SECONDS:
+        length = " and ".join(f"{meter.num_samples} samples at {meter.sampling_rate} Hz" for meter in meters)
         raise AudioError(
-            f"`{name}` must be at least {1000 * MIN_SECONDS:.0f} ms long, got {samples.size} samples at "
-            f"{sampling_rate} Hz. Remove it from the corpus or record it again."
+            f"`{name}` must be at least {1000 * MIN_SECONDS:.0f} ms long, got {length or '0 samples'}. "
+            "Remove it from the corpus or record it again."
         )
-    peak = _check_values(samples, name)
-    _check_loudness(peak, name)
-
-
-def _open_audio(source: AudioSource) -> soundfile.SoundFile:
-    name = _name_source(source)
-    if isinstance(source, Mapping):
-        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-    if source is None:
-        raise AudioError(f"`{name}` must have a path or bytes, got neither. Give one of them.")
-    if isinstance(source, bytes):
-        file, file_bytes = BytesIO(source), len(source)
-    else:
-        file = os.fspath(source)
-        if not Path(file).is_file():
-            raise AudioError(f"`{name}` must be a file, got none at that path. Correct the path.")
-        file_bytes = Path(file).stat().st_size
-    if file_bytes == 0:
-        raise AudioError(f"`{name}` must be audio, got an empty file. Copy or record it again.")
-    try:
-        return soundfile.SoundFile(file)
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw needs a rate that nobody gave
+    if num_bad := sum(meter.num_bad for meter in meters):
+        num_values = sum(meter.num_samples * meter.num_channels for meter in meters)
         raise AudioError(
-            f"`{name}` must be wav, flac, ogg or mp3 audio, got something else or a damaged file ({error}). "
-            "Convert it to wav or flac."
-        ) from error
-
-
-def _name_source(source: AudioSource) -> str:
-    if isinstance(source, Mapping):
-        return str(source.get("path") or "audio")
-    return "audio" if isinstance(source, bytes) else os.fspath(source)
-
-
-def _check_header(sound: soundfile.SoundFile, name: str) -> None:
-    """Raises if libsndfile found fewer bytes of samples than the header states: it reads such a file in silence."""
-    for stated, found in STATED_BYTES.findall(sound.extra_info):
-        if int(found) < int(stated) < UNKNOWN_DATA_BYTES:
-            raise _truncated_error(name, f"{found} of {stated} bytes of samples are there")
-
-
-def _check_decoded_frames(sound: soundfile.SoundFile, num_decoded: int, name: str) -> None:
-    if num_decoded + HEADER_TOLERANCE_FRAMES < sound.frames:
-        raise _truncated_error(name, f"{num_decoded} of {sound.frames} samples are there")
-
-
-def _truncated_error(name: str, detail: str) -> AudioError:
-    return AudioError(f"`{name}` must be a whole file, got a truncated one ({detail}). Copy or record it again.")
-
-
-def _check_values(samples: np.ndarray, name: str) -> float:
-    peak = float(np.abs(samples).max(initial=0.0))
-    if not np.isfinite(peak):
-        num_bad = int((~np.isfinite(samples)).sum())
-        raise AudioError(
-            f"`{name}` must hold finite samples, got {num_bad} of {samples.size} that are NaN or infinite. "
+            f"`{name}` must hold finite samples, got {num_bad} of {num_values} that are NaN or infinite. "
             "Export it again or remove it from the corpus."
         )
+    peak = max(meter.peak for meter in meters)
     if peak > MAX_PEAK:
-        raise AudioError(f"`{name}` must have samples in [-1, 1], got a peak of {peak:g}. Divide by the full scale.")
+        raise AudioError(
+            f"`{name}` must have samples in [-1, 1], got a peak of {peak:g}, more than the {MAX_PEAK:g} of a loud "
+            "recording that was never clipped. Divide by the full scale."
+        )
+    if all(meter.is_silent for meter in meters):
+        raise AudioError(
+            f"`{name}` must hold sound, got silence (peak {peak:.1e}, nothing rises from its floor). "
+            "Check the microphone or remove it from the corpus."
+        )
     return peak
 
 
-def _check_loudness(peak: float, name: str) -> None:
-    if peak < SILENCE_PEAK:
-        raise AudioError(
-            f"`{name}` must hold sound, got silence (peak {peak:.1e}, at least {SILENCE_PEAK:.0e} is needed). "
-            "Check the microphone or remove it from the corpus."
+def _warn_of_channels(meter: LevelMeter, name: str) -> None:
+    if (inverted := np.flatnonzero(meter.signs < 0) + 1).size:
+        logger.warning("%s: channel %s is another one upside down and is turned.", name, _list_numbers(inverted))
+    if (different := meter.find_different()).size:
+        logger.warning(
+            "%s: channel %s holds other speech than the loudest of %d channels, and they are mixed. `--channel` takes "
+            "one: left, right, a number or, to transcribe each, all.",
+            name,
+            _list_numbers(different),
+            meter.num_channels,
         )
 
 
+def _list_numbers(numbers: np.ndarray) -> str:
+    return " and ".join(map(str, numbers.tolist()))
+
+
+def _resample(blocks: Iterable[Block], mixes: list[np.ndarray], sampling_rate: int) -> Iterator[np.ndarray]:
+    """Yields consecutive blocks (samples,) of one channel at `sampling_rate`."""
+    for (rate, _, group), mix in zip(_group_blocks(blocks), mixes, strict=True):
+        mixed = (np.einsum("sc,c->s", block, mix) for block in group)
+        if rate != sampling_rate:
+            mixed = _resample_stretch(mixed, rate, sampling_rate)
+        for block in mixed:
+            yield np.clip(block, -1.0, 1.0)
+
+
+def _resample_stretch(blocks: Iterable[np.ndarray], rate: int, sampling_rate: int) -> Iterator[np.ndarray]:
+    resampler = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield resampler.resample_chunk(block)
+    yield resampler.resample_chunk(np.empty(0, dtype=np.float32), last=True)
+
+
 def _cut_chunks(
-    sound: soundfile.SoundFile, name: str, sampling_rate: int, chunk_samples: int, overlap_samples: int
+    file: BinaryIO, blocks: Iterable[np.ndarray], chunk_samples: int, overlap_samples: int
 ) -> Iterator[np.ndarray]:
     pending = np.empty(0, dtype=np.float32)  # begins where the next chunk begins
     num_old = 0  # leading samples of `pending` that an earlier chunk holds already
-    for block in _resampled_blocks(sound, name, sampling_rate):
-        pending = np.concatenate([pending, block])
-        while pending.size > chunk_samples:  # not >=: what remains must be more than an overlap
-            yield pending[:chunk_samples]
-            pending, num_old = pending[chunk_samples - overlap_samples :], overlap_samples
-    if pending.size > num_old:
-        yield pending
-
-
-def _resampled_blocks(sound: soundfile.SoundFile, name: str, sampling_rate: int) -> Iterator[np.ndarray]:
-    """Yields consecutive blocks (samples,) of one channel at `sampling_rate`, with the checks of `read_audio`."""
-    num_decoded, peak = 0, 0.0
-    resampler = soxr.ResampleStream(sound.samplerate, sampling_rate, 1, dtype="float32", quality="HQ")
-    with sound:
-        _check_header(sound, name)
-        num_frames = sound.samplerate * STREAM_BLOCK_SECONDS
-        is_last = False
-        while not is_last:
-            try:
-                block = sound.read(num_frames, dtype="float32", always_2d=True).mean(axis=1)
-            except soundfile.LibsndfileError as error:
-                raise _truncated_error(name, str(error)) from error
-            is_last = block.size < num_frames
-            num_decoded += block.size
-            peak = max(peak, _check_values(block, name))
-            if is_last and num_decoded < MIN_SECONDS * sound.samplerate:
-                check_audio(block, name, sampling_rate=sound.samplerate)
-            if sound.samplerate != sampling_rate:
-                block = resampler.resample_chunk(block, last=is_last)
-            yield np.clip(block, -1.0, 1.0)
-        _check_decoded_frames(sound, num_decoded, name)
-    _check_loudness(peak, name)
+    with file:
+        for block in blocks:
+            pending = np.concatenate([pending, block])
+            while pending.size > chunk_samples:  # not >=: what remains must be more than an overlap
+                yield pending[:chunk_samples]
+                pending, num_old = pending[chunk_samples - overlap_samples :], overlap_samples
+        if pending.size > num_old:
+            yield pending

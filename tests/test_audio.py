@@ -40,7 +40,7 @@ def tone_path(tmp_path):
 
 def test_docstring_examples_hold():
     result = doctest.testmod(data.audio)
-    assert (result.failed, result.attempted) == (0, 3)
+    assert (result.failed, result.attempted) == (0, 4)
 
 
 @pytest.mark.parametrize(("suffix", "tolerance"), [("wav", 1e-4), ("flac", 1e-4), ("ogg", 0.02), ("mp3", 0.02)])
@@ -55,8 +55,9 @@ def test_read_audio_gives_the_written_samples(tmp_path, suffix, tolerance):
 
 def test_read_audio_averages_channels(tmp_path):
     left, right = 0.75 * np.ones(800), 0.25 * np.ones(800)
+    left[::2] = 0.25
     soundfile.write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), SAMPLING_RATE, subtype="FLOAT")
-    assert read_audio(tmp_path / "stereo.wav").tolist() == [0.5] * 800
+    assert read_audio(tmp_path / "stereo.wav").tolist() == [0.25, 0.5] * 400
 
 
 @pytest.mark.parametrize("source_rate", [8_000, 22_050, 44_100, 48_000])
@@ -81,12 +82,6 @@ def test_read_audio_reads_paths_bytes_and_undecoded_columns_alike(tone_path):
     ]
     for source in sources:
         np.testing.assert_array_equal(read_audio(source), samples)
-
-
-def test_read_audio_clips_overshoots(tmp_path):
-    soundfile.write(tmp_path / "loud.wav", 3.0 * make_tone(0.1), SAMPLING_RATE, subtype="FLOAT")
-    samples = read_audio(tmp_path / "loud.wav")
-    assert (samples.min(), samples.max()) == (-1.0, 1.0)
 
 
 def test_read_audio_reads_a_wav_written_into_a_pipe(tmp_path, tone_path):
@@ -177,7 +172,7 @@ def test_reading_names_a_file_shorter_than_a_window(tmp_path, num_samples, read)
 
 
 def test_read_audio_reads_a_file_as_long_as_a_window(tmp_path):
-    soundfile.write(tmp_path / "short.wav", 0.5 * np.ones(200), 8_000)
+    soundfile.write(tmp_path / "short.wav", make_tone(0.025, 8_000), 8_000)
     assert read_audio(tmp_path / "short.wav").shape == (400,)
 
 
@@ -186,7 +181,7 @@ def test_check_audio_refuses_integers_saved_as_floats():
         check_audio(2.0**15 * make_tone(1.0, frequency=4_000.0), "row 3")
 
 
-def test_check_audio_accepts_quiet_speech():
+def test_check_audio_accepts_a_quiet_tone():
     check_audio(0.001 * make_tone(1.0), "row 3")
 
 
@@ -199,7 +194,7 @@ def test_stream_audio_equals_read_audio(tmp_path, source_rate, chunk_seconds, ov
     joined = join_chunks(chunks, overlap_samples)
     assert joined.dtype == np.float32
     assert joined.shape == whole.shape
-    np.testing.assert_allclose(joined, whole, atol=1e-4)
+    np.testing.assert_array_equal(joined, whole)
     assert {chunk.size for chunk in chunks[:-1]} <= {round(chunk_seconds * SAMPLING_RATE)}
     for before, after in zip(chunks, chunks[1:], strict=False):
         np.testing.assert_array_equal(before[before.size - overlap_samples :], after[:overlap_samples])
@@ -246,7 +241,7 @@ def test_stream_audio_refuses_chunks_without_a_sample(tone_path):
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
-def test_audio_seconds_reads_the_header(tmp_path, suffix):
+def test_audio_seconds_is_the_duration(tmp_path, suffix):
     path = write_noise(tmp_path / f"noise.{suffix}", 1.25, 8_000)
     assert audio_seconds(path) == 1.25
     assert audio_seconds({"path": None, "bytes": path.read_bytes()}) == 1.25
