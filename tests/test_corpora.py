@@ -218,7 +218,7 @@ def test_load_corpus_lets_map_find_its_features_until_a_recording_changes(folder
     first, again = (load_corpus(str(folder)).map(count_samples) for _ in range(2))
     assert first["num_samples"][:] == [8_000, 16_000, 24_000, 32_000]
     assert again.cache_files == first.cache_files
-    soundfile.write(folder / "wav" / "a.wav", 0.1 * np.ones(4_000), SAMPLING_RATE)
+    soundfile.write(folder / "wav" / "a.wav", 0.1 * np.sin(np.arange(4_000)), SAMPLING_RATE)
     changed = load_corpus(str(folder)).map(count_samples)
     assert changed["num_samples"][:] == [4_000, 16_000, 24_000, 32_000]
     assert changed.cache_files != first.cache_files
