@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.trainer_utils import EvalLoopOutput
 
 from data.code_digest import digest_code
+from data.collators import IGNORED_LABEL
 from data.domain_utterances import CachedDomain, DomainCollator, DomainUtterances, PairedUtterances
 from data.feature_cache import build_cache, resolve_cache_folder
 from modeling.fingerprint import digest_base, fingerprint_processor
@@ -25,6 +27,8 @@ from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
 OBJECTIVES = ("task", "distill", "both")
 # Feature distances under these names in logs and results.
 DISTANCES = ("cosine_distance", "l2_distance")
+# What the parts of a loss are means over: frames, the energy of their targets, tokens of the transcripts.
+ITEMS = {"cosine_distance": "frames", "l2_distance": "energy", "task_loss": "tokens"}
 
 
 @dataclass
@@ -120,31 +124,69 @@ class DomainObjective(nn.Module):
         """As of the model, for the Trainer."""
         self.adapted_model.gradient_checkpointing_enable(**options)
 
-    def forward(self, return_loss: bool = True, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, return_loss: bool = True, shares: Mapping[str, torch.Tensor] | None = None, **batch: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """
         Returns `loss` and, of pairs, the distances.
 
         Args:
             return_loss: Tells the Trainer that there is a loss in evaluations too; it is always returned.
+            shares: Share of the batch in the items of an optimizer step, as from [`count_items`]. Default: all.
             batch: From [`DomainCollator`].
         """
         del return_loss
+        means = self.measure(batch)
+        if shares is not None:
+            means = {name: value * shares[ITEMS[name]] for name, value in means.items()}
+        distances = {name: means[name].detach() for name in DISTANCES if name in means}
+        return {"loss": self.add_up(means), **distances}
+
+    def measure(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the model's own loss as `task_loss` and, of pairs, the distances: each a mean over its `ITEMS`."""
         model = self.adapted_model
         num_frames = batch.pop("num_frames")
         states = _find_states(model, batch, "states", "input_features")
-        losses, distances = [], {}
+        means = {}
         if self.objective != "task":
             targets = _find_states(model, batch, "source_states", "source_features")
             if self.objective == "distill":  # a clip of 10 s fills a third of the tower's 30 s; padding says nothing
                 longest = int(num_frames.max())
                 states, targets = states[:, :longest], targets[:, :longest]
             features = adapt(self.speech_adapter_block, states, num_frames.to(states.device))
-            distances = measure_distances(features, targets, num_frames)
-            losses.append(sum(distances.values()) * (self.distill_weight if self.objective == "both" else 1.0))
+            means |= measure_distances(features, targets, num_frames)
         if self.objective != "distill":
             with tower_skipped(model):
-                losses.append(model(input_features=states, **batch).loss)
-        return {"loss": sum(losses), **{name: value.detach() for name, value in distances.items()}}
+                means["task_loss"] = model(input_features=states, **batch).loss
+        return means
+
+    def add_up(self, means: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the loss that the parts of [`measure`] make."""
+        weight = self.distill_weight if self.objective == "both" else 1.0
+        return sum(value * (weight if name in DISTANCES else 1.0) for name, value in means.items())
+
+    def count_items(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns how many items of each of `ITEMS` a batch has, in which pairs have their states."""
+        counts = {}
+        if self.objective != "task":
+            targets, num_frames = batch["source_states"], batch["num_frames"]
+            is_frame = torch.arange(targets.shape[1], device=targets.device) < num_frames.to(targets.device)[:, None]
+            counts["frames"] = num_frames.sum().float()
+            counts["energy"] = targets[is_frame].float().square().sum()
+        if self.objective != "distill":
+            counts["tokens"] = (batch["labels"] != IGNORED_LABEL).sum().float()
+        return counts
+
+    @torch.no_grad()
+    def run_tower(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns a batch of pairs with states in place of features: their energy is asked for before the loss is."""
+        if self.objective == "task":
+            return batch
+        states = {
+            name: _find_states(self.adapted_model, batch, name, features)
+            for name, features in (("states", "input_features"), ("source_states", "source_features"))
+        }
+        return batch | states
 
 
 def _find_states(model: PreTrainedModel, batch: dict, states: str, features: str) -> torch.Tensor:
@@ -169,9 +211,10 @@ class DomainTrainer(AdapterTrainer):
     def __init__(self, *args, parameter_lrs: Mapping[str, float] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.parameter_lrs = {"scale": self.args.scale_lr} if parameter_lrs is None else dict(parameter_lrs)
-        # Losses here are means of their own; the Trainer would take `**batch` for a promise to divide by all items.
+        # The Trainer would take `**batch` for a promise to divide by the tokens of all batches, as `shares` do.
         self.model_accepts_loss_kwargs = False
-        self._noted: dict[str, list[torch.Tensor]] = {}
+        self._noted: dict[str, torch.Tensor] = {}
+        self._num_noted = 0
 
     def _unwrapped(self) -> nn.Module:
         return super()._unwrapped().adapted_model
@@ -196,27 +239,89 @@ class DomainTrainer(AdapterTrainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        """As the Trainer's, with the states of pairs: whatever is a mean over a step is known before it begins."""
+        self._num_noted += 1
+        return super().get_batch_samples(map(self._run_tower, epoch_iterator), *args, **kwargs)
+
+    def _run_tower(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with self.accelerator.autocast():
+            return self._objective().run_tower(self._prepare_inputs(batch))
+
+    def _objective(self) -> DomainObjective:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def count_items(self, inputs):
+        return self._objective().count_items(inputs)
+
+    def _weigh(self, result, inputs, *, is_training: bool):
+        del inputs, is_training  # the objective does, each part of its loss for itself
+        return result
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if model.training:
+            inputs = {**inputs, "shares": self.find_shares(inputs)}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         for name in DISTANCES:
             if model.training and name in outputs:
-                self._noted.setdefault(name, []).append(outputs[name])
+                self._noted[name] = self._noted.get(name, 0.0) + outputs[name]
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with the mean distances since the last log of a training step."""
         if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._noted.items()}
-            self._noted = {}
+            noted = self.accelerator.reduce(self._noted, "mean")
+            logs |= {name: value.item() / self._num_noted for name, value in noted.items()}
+            self._noted, self._num_noted = {}, 0
         super().log(logs, start_time)
 
+    def evaluation_loop(self, dataloader, *_args, metric_key_prefix: str = "eval", **_kwargs) -> EvalLoopOutput:
+        """Returns the loss as a mean over the items of all utterances: it does not depend on batches or processes."""
+        dataset, state = dataloader.dataset, self.accelerator
+        own = Subset(dataset, range(state.process_index, len(dataset), state.num_processes))
+        with state.autocast():
+            totals = sum_parts(self._objective(), own, self.data_collator, batch_size=self.args.eval_batch_size)
+        totals = state.reduce({name: value.to(self.args.device) for name, value in totals.items()})
+        loss = self._objective().add_up(divide_parts(totals)).item()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(dataset))
 
-@torch.inference_mode()
+
+@torch.no_grad()
+def sum_parts(
+    objective: DomainObjective, dataset: Dataset, collator: DomainCollator, *, batch_size: int
+) -> dict[str, torch.Tensor]:
+    """
+    Returns the sums of the parts of a loss over a dataset, by the names of `ITEMS`, and of their items.
+
+    Args:
+        objective: It is left in evaluation or training mode as it was.
+        dataset: Utterances or pairs.
+        collator: Makes batches of them.
+        batch_size: Utterances of a batch.
+    """
+    was_training, device = objective.training, find_tower(objective.adapted_model).device
+    objective.eval()
+    totals: dict[str, torch.Tensor] = {}
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collator):
+        batch = objective.run_tower({name: value.to(device) for name, value in batch.items()})
+        counts = objective.count_items(batch)
+        sums = {name: value * counts[ITEMS[name]] for name, value in objective.measure(batch).items()}
+        for name, value in (counts | sums).items():
+            totals[name] = totals.get(name, 0.0) + value.double().cpu()
+    objective.train(was_training)
+    return totals
+
+
+def divide_parts(totals: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the means of what [`sum_parts`] has summed."""
+    return {name: totals[name] / totals[items] for name, items in ITEMS.items() if name in totals}
+
+
 def evaluate_distances(
     objective: DomainObjective, dataset: Dataset, collator: DomainCollator, *, batch_size: int
 ) -> dict[str, float]:
     """
-    Returns the distances of [`measure_distances`] over pairs, each clip counted by its frames.
+    Returns the distances of [`measure_distances`] over pairs, as if they were one batch.
 
     Args:
         objective: Of pairs; it is left in evaluation or training mode as it was.
@@ -224,21 +329,8 @@ def evaluate_distances(
         collator: Makes batches of them.
         batch_size: Pairs of a batch.
     """
-    was_training = objective.training
-    objective.eval()
-    totals, num_frames = dict.fromkeys(DISTANCES, 0.0), 0
-    model = objective.adapted_model
-    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collator):
-        lengths = batch["num_frames"]
-        states = _find_states(model, batch, "states", "input_features")
-        targets = _find_states(model, batch, "source_states", "source_features")
-        features = adapt(objective.speech_adapter_block, states, lengths.to(states.device))
-        distances = measure_distances(features, targets, lengths)
-        for name, value in distances.items():
-            totals[name] += value.item() * int(lengths.sum())
-        num_frames += int(lengths.sum())
-    objective.train(was_training)
-    return {name: total / num_frames for name, total in totals.items()}
+    means = divide_parts(sum_parts(objective, dataset, collator, batch_size=batch_size))
+    return {name: means[name].item() for name in DISTANCES}
 
 
 def _keeps_padding(collator: DomainCollator) -> bool:

@@ -272,6 +272,8 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args, score: Callable[[], Mapping[str, float]] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.score = score
+        self.loss_is_scaled_for_ga = True  # by `find_shares`: batches differ in size
+        self.step_items: dict[str, torch.Tensor] = {}
         self.add_callback(DropoutCallback())
         self._runtime, self._scratch = RuntimeCallback(), None
         self.add_callback(self._runtime)
@@ -373,7 +375,32 @@ class AdapterTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training and has_adapters(self._unwrapped()):
             set_frozen_modules_to_eval(model)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return self._weigh(super().compute_loss(model, inputs, *args, **kwargs), inputs, is_training=model.training)
+
+    def count_items(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the number of what the loss of a batch is a mean over, by name: utterances."""
+        return {"utterances": torch.tensor(float(len(inputs["labels"])))}
+
+    def get_batch_samples(self, *args, **kwargs):
+        """As the Trainer's, and counts the items of all batches of an optimizer step, of all processes."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        counts = [self.count_items(batch) for batch in batches]
+        totals = {name: sum(count[name] for count in counts).to(self.args.device) for name in (counts or [{}])[0]}
+        # The mean over processes, because they average their gradients.
+        self.step_items = self.accelerator.reduce(totals, "mean")
+        return batches, num_items
+
+    def find_shares(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the share of a batch in the items of its optimizer step, by name, times the number of processes."""
+        counts = self.count_items(inputs)
+        return {name: counts[name].to(total.device) / total for name, total in self.step_items.items()}
+
+    def _weigh(self, result, inputs, *, is_training: bool):
+        """Makes the losses of a step's batches add up to the mean over all of its utterances."""
+        if not is_training:
+            return result
+        (share,) = self.find_shares(inputs).values()
+        return (result[0] * share, result[1]) if isinstance(result, tuple) else result * share
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -1,5 +1,9 @@
 """What a domain adaptation minimises, with which learning rates, and that settings that must not matter do not."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from modeling import SpeechAdapterConfig
 from modeling.adapters import is_adapter_parameter
 from recipes.audio_tower import add_adapter, find_block, load_model, load_tower_alone
 from recipes.domain_training import (
+    DISTANCES,
     DomainObjective,
     DomainTrainer,
     DomainTrainingArguments,
@@ -22,6 +27,7 @@ from recipes.domain_training import (
 )
 from tests.speech_models import make_whisper_processor, save_base
 
+ROOT = Path(__file__).parents[1]
 PROMPT = make_prompt(make_whisper_processor())
 
 
@@ -33,14 +39,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def pairs() -> PairedUtterances:
-    """Eight utterances of noise, twice, with transcripts of equal length."""
+    """Eight utterances of noise, twice, of which some say much more than others."""
+    return make_pairs()
+
+
+def make_pairs() -> PairedUtterances:
     domains = []
     for seed in range(2):
         generator = np.random.default_rng(seed)
         sizes = [16_000 - 500 * row for row in range(8)]
         columns = {
             "name": [f"{row}.wav" for row in range(8)],
-            "text": ["one", "two", "six", "ten"] * 2,
+            "text": ["one two six ten one two six ten", "two", "six", "ten"] * 2,
             "instruction": [""] * 8,
             "speaker_id": [""] * 8,
             "samples": [generator.normal(0, 0.1, size).astype(np.float32) for size in sizes],
@@ -127,10 +137,11 @@ def test_a_cache_of_pairs_for_distillation_keeps_no_padding(base, pairs, tmp_pat
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_distances_of_a_corpus_do_not_depend_on_the_batches(base, pairs, batch_size):
     model, collator = make_objective(base, "distill"), DomainCollator(PROMPT, has_answers=False)
-    expected = evaluate_distances(model, pairs, collator, batch_size=2)["cosine_distance"]
-    measured = evaluate_distances(model, pairs, collator, batch_size=batch_size)["cosine_distance"]
-    assert measured == pytest.approx(expected, abs=1e-6)
-    assert 0 < expected < 2
+    measured = evaluate_distances(model, pairs, collator, batch_size=batch_size)
+    with torch.no_grad():
+        expected = model(**collator([pairs[row] for row in range(8)]))
+    assert measured == pytest.approx({name: expected[name].item() for name in DISTANCES}, abs=1e-6)
+    assert 0 < measured["cosine_distance"] < 2
 
 
 def make_trainer(
@@ -171,15 +182,71 @@ def test_the_rates_of_both_groups_follow_the_schedule(base, pairs, tmp_path):
     assert rates == pytest.approx([0.0075] * (len(rates) - 1) + [0.375])
 
 
-def test_accumulated_batches_train_as_one_batch_does(base, pairs, tmp_path):
-    states = []
-    for sizes in ((8, 1), (2, 4)):
-        settings = {"per_device_train_batch_size": sizes[0], "gradient_accumulation_steps": sizes[1]}
-        trainer = make_trainer(base, pairs, tmp_path, "task", max_grad_norm=0.0, **settings)
-        trainer.train()
-        states.append(trainer.model.speech_adapter_block.state_dict())
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, atol=2e-4, rtol=1e-3, msg=name)
+def take_step(base: str, pairs: PairedUtterances, folder: Path, objective: str, **settings) -> dict[str, float]:
+    """What is logged of the first step: loss, its parts, and the norm of the gradient."""
+    trainer = make_trainer(base, pairs, folder, objective, max_steps=1, **settings)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    return {name: first[name] for name in ("loss", "grad_norm", *DISTANCES) if name in first}
+
+
+@pytest.mark.parametrize("objective", ["task", "distill", "both"])
+@pytest.mark.parametrize("sizes", [(1, 8), (3, 3)])
+def test_accumulated_batches_train_as_one_batch_does(base, pairs, tmp_path, objective, sizes):
+    together, apart = (
+        take_step(
+            base, pairs, tmp_path, objective, per_device_train_batch_size=size, gradient_accumulation_steps=steps
+        )
+        for size, steps in ((8, 1), sizes)
+    )
+    assert together.keys() >= {"loss", "grad_norm"}
+    assert apart == pytest.approx(together, rel=1e-4)
+
+
+def test_two_processes_train_as_one_does(base, pairs, tmp_path):
+    together = take_step(base, pairs, tmp_path, "both", per_device_train_batch_size=8)
+    script = tmp_path / "two.py"
+    script.write_text(
+        """
+import json, sys
+from pathlib import Path
+from recipes.processes import choose_device, join_processes
+choose_device()
+assert join_processes().num_processes == 2
+from tests.test_domain_training import make_pairs, take_step
+step = take_step(sys.argv[1], make_pairs(), Path(sys.argv[2]), "both", per_device_train_batch_size=2,
+                 gradient_accumulation_steps=2)
+if join_processes().is_main_process:
+    print(json.dumps(step))
+"""
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_configs/multi_cpu.yaml",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*command, script, base, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    apart = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"loss"')))
+    assert apart == pytest.approx(together, rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["task", "both"])
+def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(base, pairs, tmp_path, objective):
+    losses = [
+        make_trainer(base, pairs, tmp_path, objective, per_device_eval_batch_size=size).evaluate()["eval_loss"]
+        for size in (1, 3)
+    ]
+    with torch.no_grad():
+        expected = make_objective(base, objective)(
+            **DomainCollator(PROMPT, has_answers=True)([pairs[row] for row in range(8)])
+        )["loss"].item()
+    assert losses == pytest.approx([expected] * 2, rel=1e-5)
 
 
 def test_distances_are_logged_and_evaluations_have_a_loss(base, pairs, tmp_path):
