@@ -40,6 +40,23 @@ class CacheArguments:
             raise ValueError(f"`cache_variants` must be at least 0, got {self.cache_variants}.")
 
 
+@dataclass(frozen=True)
+class LoadingCollator:
+    """
+    Makes batches in processes that do not have the model: cached rows are packed, the others wait for `forward`.
+
+    Args:
+        pad: For rows with features.
+        pack: For rows with states.
+    """
+
+    pad: CTCCollator
+    pack: PackedCollator
+
+    def __call__(self, rows: list[dict]) -> dict:
+        return (self.pack if "states" in rows[0] else self.pad)(rows)
+
+
 class FrozenPart:
     """
     Runs what stands before the first trainable parameter of a model, and gives what the rest trains on.
@@ -96,7 +113,9 @@ class FrozenPart:
         Args:
             num_workers: Processes that load the data; the model is not in them, so the frozen part runs in `forward`.
         """
-        return self._pad if self.prefix is None or num_workers else self.collate
+        if self.prefix is None:
+            return self._pad
+        return LoadingCollator(self._pad, PackedCollator(self.prefix.name)) if num_workers else self.collate
 
     def collate(self, rows: list[dict]) -> dict:
         """Returns arguments of the model's `forward` behind the frozen part, packed."""

@@ -22,7 +22,7 @@ from data.collators import CTCCollator
 from data.corpora import load_corpus
 from data.speakers import select_speakers
 from data.spelling import MAX_CLIP_SECONDS
-from data.streaming import stream_utterances
+from data.streaming import EndlessUtterances, stream_utterances
 from data.text import TEXT_UNITS, TRANSCRIPTS, build_vocabulary, describe_transcripts, normalize_text, set_language
 from modeling import (
     DeepSpeech2Config,
@@ -157,6 +157,23 @@ def load_corpora(arguments: TrainingCorpusArguments) -> tuple[Dataset | Iterable
     return tuple(corpora)
 
 
+def check_streaming(corpus_args: TrainingCorpusArguments, training_args: CTCTrainingArguments) -> None:
+    """
+    Makes sure that the arguments make sense for a stream, which has no end and is read in its own order.
+
+    Raises:
+        ValueError: The corpus is streamed, and `max_steps` lacks or passes or an order are asked for.
+    """
+    if not corpus_args.streaming:
+        return
+    if training_args.max_steps < 1:
+        raise ValueError(f"`max_steps` must be at least 1 with `streaming`, got {training_args.max_steps}.")
+    for name in ("num_train_epochs", "train_sampling_strategy"):
+        if name in training_args.changed:
+            raise ValueError(f"`{name}` must be left out with `streaming`, got {getattr(training_args, name)}.")
+    training_args.train_sampling_strategy = "random"  # as the stream is shuffled, whatever the default
+
+
 def build_dataset(
     arguments: TrainingCorpusArguments,
     processor: DeepSpeech2Processor,
@@ -164,17 +181,12 @@ def build_dataset(
     seed: int,
     corpus: Dataset | IterableDataset,
     augmentation: Augmentation | None,
-) -> UtteranceDataset | IterableDataset:
+) -> UtteranceDataset | EndlessUtterances:
     """Returns the utterances of a corpus: decoded and cached first, or read while they are used if it is streamed."""
     if isinstance(corpus, IterableDataset):
-        return stream_utterances(
-            corpus,
-            processor,
-            samples_per_logit=samples_per_logit,
-            augmentation=augmentation,
-            max_clip_seconds=arguments.max_clip_seconds,
-            seed=seed,
-        )
+        options = {"samples_per_logit": samples_per_logit, "max_clip_seconds": arguments.max_clip_seconds}
+        read = partial(stream_utterances, processor=processor, augmentation=augmentation, **options)
+        return EndlessUtterances(corpus, seed=seed, read=read)
     clips = decode_clips(
         corpus,
         processor,
@@ -215,6 +227,7 @@ def plan_model(arguments: tuple) -> DeepSpeech2ForCTC:
 def main() -> None:
     """Runs the recipe."""
     model_args, corpus_args, augmentation, card_args, training_args = parse_arguments(*ARGUMENTS)
+    check_streaming(corpus_args, training_args)
     hub_target = take_hub_target(training_args)
     set_seed(training_args.seed)
 

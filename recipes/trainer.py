@@ -28,6 +28,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from data.shared_epoch import SharedEpochDataset
 from modeling.adapter_blocks import seed_dropout
 from modeling.adapters import (
     ADAPTER_WEIGHTS_NAME,
@@ -271,6 +272,8 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, *args, score: Callable[[], Mapping[str, float]] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.dataloader_persistent_workers and hasattr(self.train_dataset, "set_epoch"):
+            self.train_dataset = SharedEpochDataset(self.train_dataset)
         self.score = score
         self.loss_is_scaled_for_ga = True  # by `find_shares`: batches differ in size
         self.step_items: dict[str, torch.Tensor] = {}

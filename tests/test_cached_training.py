@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Subset
 
 from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
@@ -56,6 +57,11 @@ def test_cached_and_uncached_rows_and_whole_forwards_give_one_gradient(make_froz
     ]
     assert "input_features" in batches[2]
     assert "frozen_states" in batches[1]
+    # As a process that loads data makes it.
+    (loaded,) = DataLoader(
+        Subset(cached, rows), batch_size=3, num_workers=1, collate_fn=frozen.collator(num_workers=1)
+    )
+    torch.testing.assert_close(loaded["frozen_states"], batches[0]["frozen_states"], rtol=0, atol=0)
     from_cache, fresh, whole = (loss_and_gradients(tiny_model, batch) for batch in batches)
     for first, second, third in zip(from_cache, fresh, whole, strict=True):
         assert (first - second).norm() <= 1e-3 * second.norm()

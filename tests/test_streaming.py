@@ -1,12 +1,17 @@
 """Streamed utterances are the ones that a corpus read whole gives."""
 
+from functools import partial
+from itertools import islice
+
 import numpy as np
 import pytest
 import soundfile
+from torch.utils.data import DataLoader
 
 from data.asr import UtteranceDataset, decode_clips
+from data.augmentation import Augmentation
 from data.corpora import load_corpus
-from data.streaming import stream_utterances
+from data.streaming import EndlessUtterances, stream_utterances
 
 
 @pytest.fixture
@@ -57,3 +62,37 @@ def test_streamed_utterances_leave_out_what_cannot_be_learnt(tmp_path, tiny_proc
     assert "a.wav: `text` has 'ß' (U+00DF), 'ö' (U+00F6) outside the vocabulary. It is left out." in caplog.text
     assert "a.wav: `text` has no word. It is left out." in caplog.text
     assert "long.wav: 2.0 s, more than `max_clip_seconds`. It is left out." in caplog.text
+
+
+def test_each_pass_over_a_stream_has_another_order_and_another_augmentation(small_corpus, tiny_processor):
+    corpus = load_corpus(str(small_corpus), split="train", streaming=True)
+    augmentation = Augmentation(min_speed=0.9, max_speed=1.1)
+    read = partial(stream_utterances, processor=tiny_processor, samples_per_logit=320, augmentation=augmentation)
+    endless = EndlessUtterances(corpus, seed=3, read=read)
+    examples, again = (list(islice(endless, 24)) for _ in range(2))
+    first, second = examples[:12], examples[12:]
+    labels = [[tuple(example["labels"]) for example in examples] for examples in (first, second)]
+    assert labels[0] != labels[1]
+    assert sorted(labels[0]) == sorted(labels[1])
+    lengths = [{len(example["input_features"]) for example in examples} for examples in (first, second)]
+    assert lengths[0] != lengths[1]
+    for example, other in zip(examples, again, strict=True):
+        np.testing.assert_array_equal(example["input_features"], other["input_features"])
+
+
+def test_workers_share_a_stream_without_an_end(small_corpus, tiny_processor):
+    corpus = load_corpus(str(small_corpus), split="train", streaming=True)
+    read = partial(stream_utterances, processor=tiny_processor, samples_per_logit=320)
+    endless = EndlessUtterances(corpus, seed=3, read=read)
+    batches = DataLoader(
+        endless, batch_size=12, num_workers=2, collate_fn=lambda rows: [row["labels"] for row in rows]
+    )
+    passes = [sorted(map(tuple, labels)) for labels in islice(batches, 2)]
+    assert passes[0] == passes[1] == sorted(tuple(example["labels"]) for example in islice(endless, 12))
+
+
+def test_a_stream_without_a_usable_utterance_is_refused(small_corpus):
+    corpus = load_corpus(str(small_corpus), split="train", streaming=True)
+    endless = EndlessUtterances(corpus, seed=0, read=lambda corpus, **_: corpus.take(0))
+    with pytest.raises(ValueError, match="`train_split` must have at least one usable utterance, got none"):
+        next(iter(endless))

@@ -110,3 +110,17 @@ def test_train_ctc_normalises_by_the_language_and_saves_it_for_those_who_go_on(
         run_recipe_main(personalize_main, *flags, "--model_name_or_path", base, "--speaker_id", "ann",
                         "--language", "en", "--output_dir", tmp_path / "other")  # fmt: skip
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "`max_steps` must be at least 1 with `streaming`, got -1"),
+        (("--max_steps", 2, "--num_train_epochs", 3), "`num_train_epochs` must be left out with `streaming`, got 3"),
+        (("--max_steps", 2, "--train_sampling_strategy", "sequential"), "`train_sampling_strategy` must be left out"),
+    ],
+)
+def test_train_ctc_refuses_passes_and_orders_of_a_stream(run_recipe_main, small_corpus, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run_recipe_main(main, "--dataset", small_corpus, "--streaming", "--output_dir", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()

@@ -265,9 +265,10 @@ def test_a_checkpoint_of_other_adapters_is_refused(tiny_base, tiny_processor, tm
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def test_one_batch_of_eight_equals_four_accumulated_batches_of_two(tiny_base, tiny_processor, tmp_path):
+@pytest.mark.parametrize("sizes", [(2, 4), (3, 3)])
+def test_one_batch_of_eight_equals_accumulated_smaller_batches(tiny_base, tiny_processor, tmp_path, sizes):
     results = []
-    for batch_size, accumulation in ((8, 1), (2, 4)):
+    for batch_size, accumulation in ((8, 1), sizes):
         model = load_base(tiny_base, small(dropout=0.0))
         trainer = make_trainer(
             model,
@@ -396,3 +397,15 @@ def test_saved_state_names_the_adapter_s_base(tiny_base, tiny_processor, tmp_pat
     trainer.save_model()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["inference_mode"]) == (tiny_base, True)
+
+
+def test_workers_that_persist_see_the_epoch_that_begins(tiny_base, tiny_processor, tmp_path):
+    states = []
+    for workers in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+        model = load_base(tiny_base, small())
+        settings = {"max_steps": 8, "optim": "sgd"} | workers
+        trainer = make_trainer(model, tmp_path, tiny_processor, dataset=EpochDataset(), **settings)
+        trainer.train()
+        states.append(adapter_tensors(model))
+    assert trainer.train_dataset.dataset.epoch == 1
+    assert_same(*states)
