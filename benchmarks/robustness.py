@@ -88,9 +88,8 @@ def measure(listener: Listener, dataset: str, conditions: dict[str, Condition]) 
     corpus = load_corpus(dataset, split="test", required_columns=("audio", "text", "speaker_id"))
     corpus = select_speakers(corpus, list(listener.speakers))
     most_joined = 1 if dataset == "synthetic" else MOST_JOINED
-    clips = decode_clips(
-        corpus, processor, samples_per_logit=model.config.inputs_to_logits_ratio, is_joined=most_joined > 1
-    )
+    options = {"is_joined": most_joined > 1, "is_evaluation": True}
+    clips = decode_clips(corpus, processor, samples_per_logit=model.config.inputs_to_logits_ratio, **options)
     utterances = RecordedUtterances(clips, processor, concatenate=(1, most_joined), seed=SEED)
     rows = []
     for name, condition in conditions.items():

@@ -103,6 +103,11 @@ def parse_language(language: str | None) -> str | None:
     return ALIASES.get(code, code)
 
 
+def has_rules(language: str) -> bool:
+    """Whether a language, from [`parse_language`], decides anything in transcripts or in how they are scored."""
+    return language in {*DOTLESS_I, *LANGUAGE_RULES, *INNER_COLON, *UNSPACED}
+
+
 def fold_scripts(text: str, language: str | None = None) -> str:
     """
     Returns `text` in lower case, with one spelling for what is one letter, and without what nobody hears.

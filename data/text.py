@@ -1,6 +1,7 @@
 """Transcripts: normalised text, the units that a recogniser spells in, and its vocabulary."""
 
 import html
+import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,7 +9,18 @@ from functools import cache, partial
 
 import regex
 
-from .scripts import APOSTROPHES, INNER, INNER_COLON, fold_final_sigma, fold_language, fold_scripts, parse_language
+from .scripts import (
+    APOSTROPHES,
+    INNER,
+    INNER_COLON,
+    fold_final_sigma,
+    fold_language,
+    fold_scripts,
+    has_rules,
+    parse_language,
+)
+
+logger = logging.getLogger(__name__)
 
 TEXT_UNITS = ("character", "jamo")
 PAD, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"  # the tokens of Wav2Vec2CTCTokenizer; the pad is the CTC blank
@@ -77,7 +89,7 @@ def find_language(tokenizer) -> str | None:
 
 def set_language(tokenizer, languages: Sequence[str] | None) -> None:
     """
-    Notes the language of a recogniser's transcripts in its tokenizer, which saves it.
+    Notes the language of a recogniser's transcripts in its tokenizer, which saves it; warns where it had none.
 
     Args:
         tokenizer: CTC tokenizer.
@@ -93,6 +105,12 @@ def set_language(tokenizer, languages: Sequence[str] | None) -> None:
         raise ValueError(
             f"`language` must be {saved}, by which the model's transcripts were normalised, got {', '.join(given)}. "
             "Leave it out or use another model."
+        )
+    if not saved and has_rules(given[0]):
+        logger.warning(
+            "The model was saved without a language: its transcripts are normalised as `%s` in this run. Give "
+            "`--language %s` to every run on it, or train it on with `recipes/train_ctc.py`, which saves it.",
+            *(given[0], given[0]),
         )
     tokenizer.init_kwargs[TRANSCRIPTS] = describe_transcripts(saved or given[0])
 

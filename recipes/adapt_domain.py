@@ -72,10 +72,11 @@ def main() -> None:
     base = domain_args.model_name_or_path
     hub_target = take_hub_target(training_args, base=base, base_model_id=domain_args.hub_base_model_id)
     set_seed(training_args.seed)
+    score = {"batch_size": batch_size, "language": card_args.language[0] if card_args.language else None}
     prompt = make_prompt(AutoProcessor.from_pretrained(base), language=domain_args.prompt_language)
     loader = DomainLoader(domain_args, corpus_args, channel, prompt, seed=training_args.seed)
     if domain_args.method == "none":
-        return evaluate_base(domain_args, loader.load_evaluation(), output_dir, batch_size=batch_size)
+        return evaluate_base(domain_args, loader.load_evaluation(), output_dir, **score)
 
     # Model and adapter
     model = load_base(domain_args, prompt)
@@ -113,7 +114,7 @@ def main() -> None:
 
     # Evaluate what was saved, as others will load it
     if not domain_args.tower_only:
-        results |= measure_errors(domain_args, output_dir, evaluation, batch_size=batch_size)
+        results |= measure_errors(domain_args, output_dir, evaluation, **score)
     subject = describe_run(domain_args, corpus_args, card_args, hub_target, model)
     save_outcome(output_dir, results, subject, report=report, trained=model, maps=maps)
     print_results(results)

@@ -82,7 +82,12 @@ def score_answers(
 
 
 def measure_errors(
-    arguments: DomainArguments, adapter: str | None, datasets: Mapping[str, DomainUtterances], *, batch_size: int
+    arguments: DomainArguments,
+    adapter: str | None,
+    datasets: Mapping[str, DomainUtterances],
+    *,
+    batch_size: int,
+    language: str | None = None,
 ) -> dict[str, float]:
     """
     Returns the error rates of the base as it is on the disk, and with the saved adapter on and off.
@@ -92,6 +97,7 @@ def measure_errors(
         adapter: Folder of the adapter; None for the base alone.
         datasets: The evaluation's utterances by domain, the source first.
         batch_size: Clips answered together.
+        language: Code of the speech's language, by which texts are normalised. Default: the prompt's.
 
     Returns:
         Of both domains `<domain>_wer_before` and, with an adapter, `<source>_wer_off`, `<source>_wer_on`,
@@ -103,7 +109,7 @@ def measure_errors(
     options |= {"language": arguments.prompt_language}
     model, prompt = load_chat(arguments.model_name_or_path, **options)
     score = {"batch_size": batch_size, "max_new_tokens": arguments.max_new_tokens}
-    score["language"] = arguments.prompt_language
+    score["language"] = language or arguments.prompt_language
     source, target = datasets
 
     def run() -> dict[str, dict[str, float]]:
@@ -129,10 +135,18 @@ def measure_errors(
 
 
 def evaluate_base(
-    arguments: DomainArguments, datasets: Mapping[str, DomainUtterances], folder: str | Path, *, batch_size: int
+    arguments: DomainArguments,
+    datasets: Mapping[str, DomainUtterances],
+    folder: str | Path,
+    *,
+    batch_size: int,
+    language: str | None = None,
 ) -> None:
     """Measures the base alone, for the method none, and writes and prints the results."""
-    results = {"method": arguments.method, **measure_errors(arguments, None, datasets, batch_size=batch_size)}
+    results = {
+        "method": arguments.method,
+        **measure_errors(arguments, None, datasets, batch_size=batch_size, language=language),
+    }
     write_results(folder, results)
     print_results(results)
 

@@ -200,14 +200,26 @@ def test_a_folder_of_before_keeps_its_rules_where_its_vocabulary_needs_them(tmp_
     assert [now(text) for text in (persian, wide, hebrew)] == [persian, "on", hebrew]
 
 
-def test_a_folder_of_before_takes_the_rules_of_today_where_its_own_fail(tmp_path):
+def test_a_language_for_a_folder_without_one_holds_for_the_run_and_is_said(tmp_path, caplog):
+    tokenizer = make_tokenizer(tmp_path, ["ısı isi"])
+    set_language(tokenizer, ["tr", "en"])
+    assert find_normalizer(tokenizer)("ISI") == "ısı"
+    assert (
+        "saved without a language: its transcripts are normalised as `tr` in this run. Give `--language tr`"
+        in caplog.text
+    )
+
+
+def test_a_folder_of_before_takes_the_rules_of_today_where_its_own_fail(tmp_path, caplog):
     normalize = find_normalizer(make_tokenizer(tmp_path, ["i you turn on gt"]))
     texts = ["I ❤\ufe0f you", "ＴＵＲＮ ＯＮ", "&gt;&gt; turn"]
     assert [normalize(text) for text in texts] == ["i you", "turn on", "turn"]
     turkish = make_tokenizer(tmp_path, ["ısı isi"])
     assert find_normalizer(turkish)("ISI") == "isi"
-    set_language(turkish, ["tr", "en"])
-    assert find_normalizer(turkish)("ISI") == "ısı"
+    set_language(turkish, ["en"])
+    assert caplog.text == ""
+    set_language(turkish, ["en", "tr"])
+    assert find_normalizer(turkish)("ISI") == "isi"
 
 
 def test_joiners_and_inner_marks_survive_the_tokenizer(tmp_path):
