@@ -35,7 +35,8 @@ def list_conditions() -> dict[str, Condition]:
     for kind, place, seconds in product(("zeros", "room noise"), PAUSE_PLACES, PAUSE_SECONDS):
         conditions[f"{seconds:g} s of {kind}, {place}"] = partial(add_pause, kind=kind, place=place, seconds=seconds)
     for gain in GAINS_DB:
-        conditions[f"{gain:+d} dB{', clipped' if gain > 0 else ''}"] = on_samples(change_level, gain_db=gain)
+        conditions[f"{gain:+d} dB"] = on_samples(change_level, gain_db=gain)
+    conditions["10 dB over full scale, clipped"] = on_samples(overdrive, over_db=10)
     for snr in SNRS_DB:
         conditions[f"noise, {snr} dB"] = on_samples(add_noise, snr_db=snr)
     conditions["small room"] = on_samples(reverberate, size=(3.1, 2.6, 2.4), absorption=0.35)
@@ -90,15 +91,14 @@ def add_pause(
 
 
 def change_level(samples: np.ndarray, _: np.random.Generator, *, gain_db: float) -> np.ndarray:
-    """
-    Returns `samples` `(samples,)` by so many decibels louder, in the steps of 16 bits.
-
-    What is made louder is first brought to full scale, so that it is clipped.
-    """
-    if gain_db > 0:
-        samples = samples / np.abs(samples).max()
+    """Returns `samples` `(samples,)` by so many decibels louder, in the steps of 16 bits, clipped at full scale."""
     samples = samples * 10 ** (gain_db / 20)
     return (np.clip(np.round(samples * 2**15), -(2**15), 2**15 - 1) / 2**15).astype(np.float32)
+
+
+def overdrive(samples: np.ndarray, generator: np.random.Generator, *, over_db: float) -> np.ndarray:
+    """Returns `samples` `(samples,)` recorded so loud that their peak would be so many decibels over full scale."""
+    return change_level(samples / np.abs(samples).max(), generator, gain_db=over_db)
 
 
 def add_noise(samples: np.ndarray, generator: np.random.Generator, *, snr_db: float) -> np.ndarray:

@@ -1,9 +1,12 @@
 """Real recordings of spoken digits: they load as they are, and an unheard speaker is understood after a minute."""
 
 import json
+from functools import partial
 
 import pytest
 
+from benchmarks.recording_conditions import add_pause, list_conditions
+from benchmarks.robustness import Listener, measure
 from data.asr import UtteranceDataset, decode_clips
 from data.corpora import load_corpus, take_seconds
 from data.speakers import select_speakers
@@ -41,3 +44,12 @@ def test_a_minute_of_a_real_speaker_removes_more_than_half_of_the_errors(fsdd_fo
     results = json.loads((tmp_path / "jackson" / "eval_results.json").read_text())
     assert results["eval_wer"] < 0.5 * results["base_wer"]
     assert results["trainable_parameters"] <= 0.04 * results["total_parameters"]
+
+    # Two seconds of silence at both ends, as a phone records them, change nothing.
+    conditions = {"as recorded": list_conditions()["as recorded"]}
+    for kind in ("zeros", "room noise"):
+        conditions[kind] = partial(add_pause, kind=kind, place="both ends", seconds=2.0)
+    for adapter in (None, tmp_path / "jackson"):
+        listener = Listener("jackson", tmp_path / "base", adapter, ("jackson",))
+        wer = {row["condition"]: row["wer"] for row in measure(listener, str(fsdd_folder), conditions)}
+        assert max(wer["zeros"], wer["room noise"]) <= wer["as recorded"] + 0.03

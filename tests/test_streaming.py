@@ -30,6 +30,27 @@ def test_streamed_utterances_equal_those_of_the_corpus_read_whole(streamed, smal
         assert example["labels"] == whole[index]["labels"]
 
 
+def test_streamed_utterances_have_pauses_by_seed_and_row(small_corpus, tiny_processor):
+    corpus = load_corpus(str(small_corpus), split="train", streaming=True)
+    options = {"samples_per_logit": 320, "augmentation": Augmentation(pause_share=1.0)}
+    first, again, other = (
+        [len(row["input_features"]) for row in stream_utterances(corpus, tiny_processor, **options, seed=seed)]
+        for seed in (1, 1, 2)
+    )
+    plain = [len(row["input_features"]) for row in stream_utterances(corpus, tiny_processor, samples_per_logit=320)]
+    assert first == again != other
+    assert all(longer >= frames for longer, frames in zip(first, plain, strict=True))
+    assert sum(first) > sum(plain) + 100
+
+
+def test_pauses_make_no_room_for_a_transcript_that_its_audio_has_not(tmp_path, tiny_processor):
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.sin(np.arange(1600) / 5), 16_000)  # 6 frames of logits
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,abcdefg\n")
+    options = {"samples_per_logit": 320, "augmentation": Augmentation(pause_share=1.0)}
+    corpus = load_corpus(str(tmp_path), streaming=True)
+    assert [list(stream_utterances(corpus, tiny_processor, **options, seed=seed)) for seed in range(3)] == [[]] * 3
+
+
 def test_streamed_utterances_leave_a_transcript_without_enough_frames_out(tmp_path, tiny_processor, caplog):
     tone = 0.1 * np.sin(np.arange(1600) / 5)  # 100 ms: 6 frames of logits
     for name in ("short", "long"):
