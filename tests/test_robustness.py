@@ -36,7 +36,8 @@ def test_every_condition_of_the_issue_is_in_the_table():
     assert len(pauses) == 2 * 4 * 4
     assert [name for name in CONDITIONS if name not in pauses] == [
         "as recorded", "-30 dB", "-20 dB", "-10 dB", "+10 dB", "10 dB over full scale, clipped", "noise, 20 dB",
-        "noise, 10 dB", "noise, 5 dB", "small room", "large room", "telephone band", "mu-law", "MP3, 32 kbit/s", "gated",
+        "noise, 10 dB", "noise, 5 dB", "small room", "large room", "telephone band", "mu-law", "MP3, 32 kbit/s",
+        "gated",
     ]  # fmt: skip
 
 
