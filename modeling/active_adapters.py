@@ -172,9 +172,3 @@ def _check_tells_rows(layer: nn.Module, name: str, mentioned: set[str]) -> None:
             f"`adapter_names` must be adapters of a method that tells rows apart, got {sorted(mentioned)} at {name}, "
             f"a {type(layer).__module__}.{type(layer).__name__}. Use `set_adapter` and a batch for each."
         )
-    # PEFT passes such a layer over for all rows (0.21).
-    if isinstance(layer, AuxiliaryTrainingWrapper) and not set(layer.active_adapters) <= set(layer._adapters):
-        raise ValueError(
-            f"`adapter_names` with {sorted(mentioned)}, which keeps its own {name}, must be used while it is active, "
-            f"got {layer.active_adapters} active. Call `set_adapter` first."
-        )

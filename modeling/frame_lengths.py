@@ -113,7 +113,7 @@ class FrameLengths:
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
         mask, lengths = given.get(argument), self.lengths
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:  # a tower's own may be of pairs of frames
-            lengths = find_counter(module)(mask.sum(-1)) if _is_mask_of(given, mask) else None
+            lengths = find_counter(module)(mask.sum(-1)) if _is_mask_of(module, given, mask) else None
             lengths = lengths[-1] if isinstance(lengths, tuple) else lengths  # the last: after the pooling
         _of_thread.calls = (*_list_calls(), (self, module, lengths))
 
@@ -133,10 +133,11 @@ def _is_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _is_mask_of(arguments: dict, mask: torch.Tensor) -> bool:
+def _is_mask_of(module: nn.Module, arguments: dict, mask: torch.Tensor) -> bool:
     """Whether `mask` has the frames of the features: Whisper's of a long recording has not those of a piece of it."""
-    features = next((arguments[name] for name in AUDIO_INPUTS if arguments.get(name) is not None), None)
-    return features is None or mask.shape[-1] in features.shape[1:]
+    features = arguments.get("input_features")  # (batch, mel, frames), or the tower's states
+    num_mel_bins = getattr(getattr(module, "config", None), "num_mel_bins", None)
+    return features is None or features.shape[1] != num_mel_bins or features.shape[-1] == mask.shape[-1]
 
 
 def _find_mask_argument(module: nn.Module) -> str | None:

@@ -202,13 +202,14 @@ def run_tower(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torc
     """
     tower, mask = find_tower(model), batch.get(find_family(model.config).mask)
     features = batch["input_features"].to(tower.device, tower.dtype)
-    was_training = tower.training
+    training = [module for module in tower.modules() if module.training]  # not all of them are while one trains
     tower.eval()
     try:
         with adapters_off(tower):
             return tower(features, attention_mask=_mask_pairs(tower, features, mask)).last_hidden_state
     finally:
-        tower.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def _mask_pairs(tower: PreTrainedModel, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -6,17 +6,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import (
     OPTIMIZER_NAME,
     SCALER_NAME,
@@ -178,16 +182,46 @@ def check_trainable(model: nn.Module, *, max_share: float) -> None:
 
 def set_frozen_modules_to_eval(model: nn.Module) -> None:
     """
-    Puts every module without trainable parameters of its own or below it into evaluation mode.
+    Keeps BatchNorm, dropout, LayerDrop and SpecAugment of a frozen base still: its modules evaluate.
 
-    A frozen base then keeps its BatchNorm statistics and drops nothing. Recurrent layers stay in training mode: cuDNN
-    computes their gradients in that mode only, and without dropout between layers the mode changes nothing.
+    Modules with an adapter below belong to the base too; adapters, parts that train and `model` itself stay as they
+    are. So do recurrent layers: cuDNN computes their gradients in training mode only, and without dropout between
+    layers the mode changes nothing. Layers with gradient checkpointing, which is off in evaluation mode, are in
+    training mode until they run.
     """
+    trained = {
+        name[:end]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not is_adapter_parameter(name)
+        for end in (place for place, letter in enumerate(name) if letter == ".")
+    }
     for name, module in model.named_modules():
-        is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
-        is_adapter = is_adapter_parameter(name)
-        if is_frozen and not is_adapter and not (isinstance(module, nn.RNNBase) and not module.dropout):
-            module.training = False
+        is_adapter = is_adapter_parameter(name) or isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if not name or name in trained or is_adapter or (isinstance(module, nn.RNNBase) and not module.dropout):
+            continue
+        module.training = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+        if module.training:
+            _evaluate_within_checkpoint(module)
+
+
+def _evaluate_within_checkpoint(layer: GradientCheckpointingLayer) -> None:
+    function = layer._gradient_checkpointing_func
+    if getattr(function, "func", None) is not _checkpoint:
+        layer._gradient_checkpointing_func = partial(_checkpoint, layer, function)
+
+
+def _checkpoint(layer: nn.Module, function: Callable, forward: Callable, *args) -> object:
+    parameters = layer.named_parameters()
+    is_trained = any(value.requires_grad for name, value in parameters if not is_adapter_parameter(name))
+    return function(forward if is_trained else partial(_evaluate, layer, forward), *args)
+
+
+def _evaluate(layer: nn.Module, forward: Callable, *args) -> object:
+    layer.training = False
+    try:
+        return forward(*args)
+    finally:
+        layer.training = True
 
 
 class SeededLengthSampler(LengthGroupedSampler):

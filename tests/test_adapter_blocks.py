@@ -2,14 +2,17 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling import SpeechAdapterConfig
 from modeling.adapter_blocks import AdapterDropout, seed_dropout
+from modeling.adapters import SpeechAdapterLayer
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +132,36 @@ def test_adapters_drop_by_bytes(tiny_model, kind, hidden_sizes):
     tiny_model.add_adapter(SpeechAdapterConfig(kind=kind, hidden_sizes=hidden_sizes, dropout=0.3), "alice")
     dropouts = [module for module in tiny_model.modules() if isinstance(module, nn.Dropout) and module.p == 0.3]
     assert [type(dropout) for dropout in dropouts] == [AdapterDropout] * 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["mlp", "bottleneck"])
+def test_checkpointing_gives_the_gradients_of_the_masks_that_were_drawn(kind, use_reentrant):
+    base = nn.Linear(6, 6)
+    layer = SpeechAdapterLayer(base, "alice", SpeechAdapterConfig(kind=kind, hidden_sizes=[8], dropout=0.5))
+    for parameter in layer.speech_adapter_blocks.parameters():
+        nn.init.normal_(parameter)
+    batches = [torch.randn(3, 6, requires_grad=True) for _ in range(3)]
+
+    def find_gradients(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        seed_dropout(layer, 3)
+        layer.zero_grad()
+        first = run(batches[0]).square().sum()
+        (run(batches[1]).square().sum() + run(batches[2]).sum()).backward()  # not in the order of the calls
+        first.backward()
+        return [parameter.grad for parameter in layer.speech_adapter_blocks.parameters()]
+
+    expected = find_gradients(layer)
+    found = find_gradients(partial(checkpoint, layer, use_reentrant=use_reentrant))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    seed_dropout(layer, 3)
+    assert not torch.equal(layer(batches[0]), layer(batches[0]))  # masks of two calls differ
+
+
+def test_calls_that_checkpointing_cannot_tell_apart_are_refused():
+    dropout, states = AdapterDropout(0.5), torch.randn(6, requires_grad=True)
+    seed_dropout(dropout, 3)
+    losses = [checkpoint(dropout, states, use_reentrant=False).square().sum() for _ in range(2)]
+    with pytest.raises(ValueError, match="must run a call again whose input no other call had, got 2 calls"):
+        sum(losses).backward()
