@@ -72,6 +72,8 @@ SIGNS = {
 # The replacement character, control characters but white space, halves of surrogate pairs, and what is no character.
 DAMAGE = regex.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x9f\ufffd\p{Cs}\p{Noncharacter_Code_Point}]")
 
+ESCAPE = regex.compile(r"\\(?:u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|[nrt])")
+
 
 def strip_annotations(text: str, style: str) -> str:
     """
@@ -182,15 +184,21 @@ def _has_text(row: dict) -> bool:
 def _report(texts: Sequence[str], style: str, name: str) -> None:
     if os.environ.get("RANK", "0") != "0":  # of the processes of one training, one says it
         return
-    pairs = [(text, strip_annotations(text, style)) for text in texts[:NUM_SEEN]]
-    shown = ([pair for pair in pairs if pair[0] != pair[1]] + pairs)[:NUM_EXAMPLES]
-    lines = [f"  {text!r}" + (f" -> {said!r}" if said != text else "") for text, said in shown]
+    pairs = {text: strip_annotations(text, style) for text in texts}
+    shown = sorted(pairs, key=lambda text: pairs[text] == text)[:NUM_EXAMPLES]  # what is changed comes first
+    lines = [f"  {text!r}" + (f" -> {pairs[text]!r}" if pairs[text] != text else "") for text in shown]
     print(f"Transcripts of {name} are read as `{style}`:", *lines, sep="\n", file=sys.stderr)
     for like, examples in find_styles(texts, style).items():
         logger.warning(
             "%d of %d transcripts in %s look like `%s` and are read as `%s`, so that their marks become words: %s. "
             "Give `--transcript_style %s` if they are marks.",
             *(len(examples), len(texts), name, like, style, _quote(examples), like),
+        )
+    if escaped := [text for text in texts if ESCAPE.search(text)]:
+        logger.warning(
+            "%d of %d transcripts in %s have escapes that nobody has read, whose letters become words: %s. Read them "
+            "before, as JSON or as Python.",
+            *(len(escaped), len(texts), name, _quote(escaped)),
         )
     if garbled := [text for text in texts if _looks_garbled(text)]:
         logger.warning(

@@ -28,7 +28,7 @@ PAD, UNKNOWN, WORD_DELIMITER = "<pad>", "<unk>", "|"  # the tokens of Wav2Vec2CT
 OUTER_APOSTROPHE = re.compile(r"(?<![^\s'])'|'(?![^\s'])")  # in transcripts of before
 # Apostrophes that do not stand between two characters of a word, and marks that are left of a symbol or stand on one.
 OUTER = regex.compile(r"''['\p{M}]*|(?<!\S)['\p{M}]+|'['\p{M}]*(?!\S)")
-ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
+ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);|&(?:nbsp|amp|lt|gt|quot)(?!\w)")
 HANGUL_SYLLABLE = re.compile("[\uac00-\ud7a3]")
 CONJOINING_JAMO = re.compile("[\u1100-\u11ff]+")
 NUM_NAMED = 5  # rows or characters that an error message lists

@@ -139,6 +139,17 @@ def test_white_space_and_marks_of_direction_are_no_damage():
     check_damage(["a\tb\r\nc\u2028d \u200fe\ufeff"], name="home")
 
 
+def test_escapes_that_nobody_has_read_are_warned_of(caplog):
+    read_transcripts(make_corpus(["good", "caf\\u00e9", "a\\nb", "AC\\DC"]), "plain", name="home")
+    assert "2 of 4 transcripts in home have escapes that nobody has read, whose letters become words: " in caplog.text
+    assert repr("caf\\u00e9") in caplog.text
+
+
+def test_three_different_transcripts_are_shown(capsys):
+    read_transcripts(make_corpus(["one"] * 200 + ["two (x)", "three"]), "brackets", name="home")
+    assert capsys.readouterr().err.splitlines()[1:] == ["  'two (x)' -> 'two'", "  'one'", "  'three'"]
+
+
 def test_utf8_read_as_windows_1252_is_warned_of(caplog):
     read_transcripts(make_corpus(["good", "café", "안녕".encode().decode("cp1252")]), "plain", name="home")
     assert "1 of 3 transcripts in home look decoded wrongly, UTF-8 read as Windows-1252" in caplog.text

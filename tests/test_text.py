@@ -35,6 +35,7 @@ def test_docstring_examples_hold():
         ("\u0939\u093f\u0902\u0926\u0940!", "\u0939\u093f\u0902\u0926\u0940"),
         ("soft\u00adware \ufeffx", "software x"),
         ("don&#39;t &gt;&gt; turn&nbsp;on &amp;quot;now", "don't turn on now"),
+        ("turn&nbsp on R&ampere", "turn on r ampere"),
         ("AT&T", "at t"),
         ("...", ""),
         ("", ""),
