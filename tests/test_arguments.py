@@ -1,6 +1,7 @@
 """A YAML file and flags mean the same, flags win, and what is misspelt is refused with what was meant."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -86,9 +87,48 @@ def test_negative_numbers_are_values(config):
 
 
 def test_a_mapping_reaches_the_training_arguments(config, tmp_path):
-    path = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {{num_cycles: 2}}\nuse_cpu: true")
+    kwargs = "{num_cycles: 2, share: 1e-4, mode: min, on: true, steps: [1, x]}"
+    path = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {kwargs}\nuse_cpu: true")
     (arguments,) = parse_arguments(RecipeTrainingArguments, argv=["--config", path])
-    assert arguments.lr_scheduler_kwargs == {"num_cycles": 2}
+    expected = {"num_cycles": 2, "share": 1e-4, "mode": "min", "on": True, "steps": [1, "x"]}
+    assert arguments.lr_scheduler_kwargs == expected
+
+
+NAMES = ["010", "12:30", "1.10", "no", "Yes", "0x1F", "1_000", "1e3", "2024-01-01", "~a", "007.50", "null-1"]
+
+
+@pytest.mark.parametrize("form", ["speakers: [{}]", "speakers:\n- {}\n", "speakers: {}"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_stays_as_it_is_written(config, form, name):
+    assert parse("--config", config(form.format(name))).speakers == [name]
+
+
+def test_a_quoted_null_is_a_name(config):
+    assert parse("--config", config("speakers: 'null'")).speakers == ["null"]
+    assert parse("--config", config("speakers: null")).speakers is None
+
+
+def test_a_key_that_stands_twice_is_refused(config):
+    path = config("rank: 4\nrank: 5")
+    with pytest.raises(ValueError, match="`rank` must stand in .*recipe.yaml once, got it twice"):
+        parse("--config", path)
+
+
+@pytest.mark.parametrize("name", ["-take.wav", "--take.wav", "--rank", "a=b.wav", "-1.wav"])
+def test_a_file_is_a_file_whatever_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    (file,) = parse("--rank", "2", "--speakers", "--", name).speakers
+    assert Path(file).resolve() == tmp_path / name
+    assert parse("--rank=3").rank == 3
+
+
+def test_a_file_that_looks_like_no_flag_of_the_recipe_needs_no_mark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-take.wav").touch()
+    assert parse("--speakers", "ann", "-take.wav", "--rank", "2") == Settings(rank=2, speakers=["ann", "./-take.wav"])
+    with pytest.raises(ValueError, match="`--take.wav` is not a flag of this recipe"):
+        parse("--speakers", "--take.wav")
 
 
 def test_several_dataclasses_come_back_in_order():
@@ -142,7 +182,7 @@ def test_a_missing_file_is_named():
         parse("--config", "nowhere.yaml")
 
 
-@pytest.mark.parametrize(("text", "kind"), [("- rank", "list"), ("rank", "str"), ("3", "int")])
+@pytest.mark.parametrize(("text", "kind"), [("- rank", "list"), ("rank", "single value"), ("3", "single value")])
 def test_a_file_that_is_no_mapping_is_refused_by_its_type(config, text, kind):
     path = config(text)
     with pytest.raises(ValueError, match=f"`config` must map flags to values, got a {kind} in .*recipe.yaml"):
