@@ -74,7 +74,8 @@ def name_source(source: AudioSource) -> str:
     if isinstance(source, Mapping):
         source = source.get("path") or "audio"
     name = "audio" if isinstance(source, bytes) else os.fspath(source)
-    name = str(name).encode("utf-8", "backslashreplace").decode()  # a name on the disk may be no text
+    # A name on the disk may be no text: its bytes are shown.
+    name = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return name if len(name) <= MAX_NAME_CHARACTERS else f"...{name[-MAX_NAME_CHARACTERS:]}"
 
 

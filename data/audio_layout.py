@@ -299,7 +299,7 @@ def _find_ogg_streams(file, start: int, end: int) -> list[tuple[int, int]]:
         if len(sizes) < head[26] or page_end > end:
             break
         is_first = bool(head[5] & 2)  # of a stream; a film has several at the same time
-        if is_first and not was_first:
+        if (is_first and not was_first) or not starts:
             starts.append(offset)
         was_first, offset, behind = is_first, page_end, page_end
     return list(zip(starts, [*starts[1:], behind], strict=True)) or [(start, end)]

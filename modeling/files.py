@@ -91,7 +91,7 @@ def write_text(path: str | Path, text: str) -> None:
 
     Args:
         path: The file; its folder is made if it does not exist.
-        text: Its new content.
+        text: Its new content; what Python took from a name that is no UTF-8 becomes the bytes of the name again.
 
     Raises:
         ValueError: There is a folder at `path`.
@@ -100,12 +100,12 @@ def write_text(path: str | Path, text: str) -> None:
     if path.is_dir():
         raise ValueError(f"`output_file` must be a file, got {path}, which is a folder. Name a file in it.")
     if path.exists() and not _is_replaceable(path):
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
         return
     path = path.resolve()
     with write_whole(path.parent) as scratch:
-        (scratch / path.name).write_text(text, encoding="utf-8")
+        (scratch / path.name).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def _is_replaceable(path: Path) -> bool:

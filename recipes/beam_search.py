@@ -96,16 +96,21 @@ class BeamDecoder:
         self.tokenizer, self._lm = tokenizer, lm  # the search does not keep its language model alive
         self._search = search.LexiconDecoder(options, trie, lm, self.delimiter, self.blank, -1, [], False)
 
-    def align(self, log_probs: np.ndarray) -> np.ndarray:
+    def align(self, log_probs: np.ndarray, *, is_followed: bool = False) -> np.ndarray:
         """
         Returns the class of every frame on the best path: `(frames, classes)` to `(frames,)`.
 
         Collapsed, the path spells whole words of the lexicon and nothing else.
+
+        Args:
+            log_probs: `(frames, classes)`.
+            is_followed: Whether another block comes behind: the last frame is the delimiter between their words.
         """
         # A word ends with a delimiter, but an utterance does not: one certain delimiter is put behind it.
         end = np.full((1, log_probs.shape[1]), NEVER, dtype=np.float32)
         end[0, self.delimiter] = 0.0
-        frames = np.ascontiguousarray(np.concatenate([log_probs, end]), dtype=np.float32)
+        kept = log_probs[: len(log_probs) - is_followed]
+        frames = np.ascontiguousarray(np.concatenate([kept, end]), dtype=np.float32)
         best = self._search.decode(frames.ctypes.data, *frames.shape)[0]
         path, words = (
             np.asarray(best.tokens[1:-1]),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel, ProcessorMixin
 
-from data.audio import AudioSource, stream_audio
+from data.audio import MIX, AudioSource, stream_audio
 from recipes.beam_search import BeamDecoder
 
 BLOCK_FRAMES = 3000  # a minute at 20 ms: a beam search on longer audio is done in blocks cut at pauses
@@ -65,8 +65,8 @@ class RecordingPath:
         self._waiting.append(settled)
         if sum(map(len, self._waiting)) > BLOCK_FRAMES:
             block = np.concatenate(self._waiting)
-            cut = find_pause(block, [self._decoder.blank, self._decoder.delimiter])
-            self._ids.append(self._decoder.align(block[:cut]))
+            cut = find_pause(block, blank=self._decoder.blank, delimiter=self._decoder.delimiter)
+            self._ids.append(self._decoder.align(block[:cut], is_followed=True))
             self._waiting = [block[cut:]]
 
     def finish(self) -> np.ndarray:
@@ -75,20 +75,32 @@ class RecordingPath:
         return np.concatenate([*self._ids, self._decoder.align(last) if self._decoder else last])
 
 
-def find_pause(log_probs: np.ndarray, quiet_classes: Sequence[int]) -> int:
+def find_pause(log_probs: np.ndarray, *, blank: int, delimiter: int) -> int:
     """
-    Returns the middle of the longest pause in the second half of `log_probs` `(frames, classes)`, as a frame.
+    Returns where a block ends: the frame behind the end of a word, in the second half of `log_probs`.
 
-    A pause is a run of frames whose likeliest class is one of `quiet_classes`. Without one it is the end.
+    A pause is a run of frames whose likeliest class is blank or delimiter. The longest one with a delimiter ends
+    behind its last delimiter; without one, the longest of blanks ends in its middle; without a pause, the block ends
+    behind the frame that is likeliest to be one.
+
+    Args:
+        log_probs: `(frames, classes)`.
+        blank: Class of the blank, which stands within words too.
+        delimiter: Class that stands between words.
     """
     half = len(log_probs) // 2
-    is_quiet = np.isin(log_probs[half:].argmax(-1), quiet_classes)
-    edges = np.flatnonzero(np.diff(is_quiet, prepend=False, append=False))
-    starts, ends = edges[::2], edges[1::2]
-    if not len(starts):
-        return len(log_probs)
-    longest = (ends - starts).argmax()
-    return half + int(starts[longest] + ends[longest]) // 2
+    best = log_probs[half:].argmax(-1)
+    edges = np.flatnonzero(np.diff(np.isin(best, [blank, delimiter]), prepend=False, append=False))
+    pauses = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+    between_words = [(start, end) for start, end in pauses if delimiter in best[start:end]]
+    if between_words:
+        start, end = max(between_words, key=lambda pause: pause[1] - pause[0])
+        return half + start + int(np.flatnonzero(best[start:end] == delimiter)[-1]) + 1
+    if pauses:
+        start, end = max(pauses, key=lambda pause: pause[1] - pause[0])
+        return half + (start + end + 1) // 2
+    quiet = log_probs[half:, [blank, delimiter]].max(-1)
+    return len(log_probs) - int(quiet[::-1].argmax())
 
 
 @dataclass(frozen=True)
@@ -129,11 +141,17 @@ class Chunking:
             )
         return cls(step_frames, overlap_frames, seconds_per_frame, sampling_rate)
 
-    def stream(self, source: AudioSource) -> Iterator[np.ndarray]:
-        """Yields the chunks `(samples,)` of a recording, as [`stream_audio`]."""
+    def stream(self, source: AudioSource, channel: str | int = MIX) -> Iterator[np.ndarray]:
+        """Yields the chunks `(samples,)` of a recording's channel, as [`stream_audio`]."""
         return stream_audio(
             source,
             chunk_seconds=(self.step_frames + self.overlap_frames) * self.seconds_per_frame,
             overlap_seconds=self.overlap_frames * self.seconds_per_frame,
             sampling_rate=self.sampling_rate,
+            channel=channel,
         )
+
+    def count_seconds(self, chunk_samples: Sequence[int]) -> float:
+        """Returns the duration of a recording whose chunks have so many samples."""
+        overlap_samples = round(self.overlap_frames * self.seconds_per_frame * self.sampling_rate)
+        return (sum(chunk_samples) - (len(chunk_samples) - 1) * overlap_samples) / self.sampling_rate

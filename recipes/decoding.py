@@ -13,7 +13,7 @@ from transformers import AutoModelForCTC, AutoProcessor, PreTrainedModel, Proces
 
 import modeling  # noqa: F401  (registers the models and the adapter)
 from data.asr import UtteranceDataset
-from data.audio import AudioError, AudioSource, audio_seconds
+from data.audio import MIX, AudioError, AudioSource
 from data.collators import CTCCollator
 from data.metrics import score_by_speaker
 from data.text import find_language
@@ -191,18 +191,24 @@ def evaluate_dataset(
     return score_by_speaker(hypotheses, dataset.references, dataset.speakers, language=language)
 
 
-def transcribe_recordings(
+def transcribe_recordings(*arguments, **options) -> list[Transcript | AudioError]:
+    """Returns all that [`iterate_transcripts`] yields."""
+    return list(iterate_transcripts(*arguments, **options))
+
+
+def iterate_transcripts(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     sources: Sequence[AudioSource],
     *,
+    channels: Sequence[str | int] | None = None,
     adapter_names: Sequence[str] | None = None,
     store: AdapterStore | None = None,
     chunk_seconds: float = 20.0,
     overlap_seconds: float = 2.0,
     batch_size: int = 16,
     decoder: BeamDecoder | None = None,
-) -> list[Transcript | AudioError]:
+) -> Iterator[Transcript | AudioError]:
     """
     Recognises recordings of any duration; memory is bounded by some batches of chunks.
 
@@ -212,6 +218,7 @@ def transcribe_recordings(
         model: CTC model in evaluation mode.
         processor: Its processor.
         sources: Recordings, as in `read_audio`.
+        channels: Channel of each recording, as in `read_audio`. Default: all of them mixed.
         adapter_names: Adapter of each recording, `"__base__"` for none. Default: the active one on all.
         store: Has the adapters, which must then be named. Default: the model has them.
         chunk_seconds: Duration that the model hears at once.
@@ -219,8 +226,8 @@ def transcribe_recordings(
         batch_size: Chunks that the model hears together.
         decoder: Beam search; greedy by default.
 
-    Returns:
-        A transcript for each recording, or what is wrong with the recording.
+    Yields:
+        A transcript for each recording, or what is wrong with the recording, in their order and as soon as it is done.
 
     Raises:
         ValueError: `batch_size` is below 1, or the chunk or the overlap is out of range.
@@ -228,32 +235,41 @@ def transcribe_recordings(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     chunking = Chunking.fit(model, processor, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
-    errors: dict[int, AudioError] = {}
-    transcripts: dict[int, Transcript] = {}
+    results: dict[int, Transcript | AudioError] = {}
     paths: dict[int, RecordingPath] = {}
-    chunks = _stream_all(sources, chunking, errors)
-    while buffer := list(islice(chunks, BUFFERED_BATCHES * batch_size)):
+    lengths: dict[int, list[int]] = {}
+    chunks = _stream_all(sources, channels or [MIX] * len(sources), chunking, results)
+    next_index, is_over = 0, False
+    while not is_over:
+        buffer = list(islice(chunks, BUFFERED_BATCHES * batch_size))
+        is_over = len(buffer) < BUFFERED_BATCHES * batch_size
         names = None if adapter_names is None else [adapter_names[index] for index, _ in buffer]
         batches = split_batches([len(chunk) for _, chunk in buffer], names, batch_size, store and store.capacity)
         frames = _recognize_chunks(model, processor, buffer, batches, names, store, decoder is not None)
-        for (index, _), chunk in zip(buffer, frames, strict=True):
+        for (index, samples), chunk in zip(buffer, frames, strict=True):
             stitcher = ChunkStitcher(chunking.step_frames, chunking.overlap_frames)
             paths.setdefault(index, RecordingPath(stitcher, decoder)).add(chunk)
+            lengths.setdefault(index, []).append(len(samples))
         # Recordings come one after the other: all before the buffer's last one have ended.
-        for index in [index for index in paths if index < buffer[-1][0]]:
-            transcripts[index] = _describe(paths.pop(index), processor, sources[index], chunking)
-    for index in paths.keys() - errors.keys():
-        transcripts[index] = _describe(paths[index], processor, sources[index], chunking)
-    return [errors.get(index) or transcripts[index] for index in range(len(sources))]
+        num_done = len(sources) if is_over else buffer[-1][0]
+        for index in [index for index in paths if index < num_done]:
+            path, seconds = paths.pop(index), chunking.count_seconds(lengths.pop(index))
+            results.setdefault(index, _describe(path, processor, seconds, chunking))
+        while next_index < num_done:
+            yield results.pop(next_index)
+            next_index += 1
 
 
 def _stream_all(
-    sources: Sequence[AudioSource], chunking: Chunking, errors: dict[int, AudioError]
+    sources: Sequence[AudioSource],
+    channels: Sequence[str | int],
+    chunking: Chunking,
+    errors: dict[int, Transcript | AudioError],
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields each chunk with its recording's index; an unusable recording ends early and goes into `errors`."""
     for index, source in enumerate(tqdm(sources, desc="transcribing", unit="file", disable=None)):
         try:
-            for chunk in chunking.stream(source):
+            for chunk in chunking.stream(source, channels[index]):
                 yield index, chunk
         except AudioError as error:
             errors[index] = error
@@ -282,7 +298,8 @@ def split_batches(
             yield batch
             batch = []
         batch.append(row)
-    yield batch
+    if batch:
+        yield batch
 
 
 def _recognize_chunks(
@@ -306,8 +323,8 @@ def _recognize_chunks(
     return frames
 
 
-def _describe(path: RecordingPath, processor: ProcessorMixin, source: AudioSource, chunking: Chunking) -> Transcript:
+def _describe(path: RecordingPath, processor: ProcessorMixin, seconds: float, chunking: Chunking) -> Transcript:
     ids = path.finish()
     words = locate_words(processor, ids, seconds_per_frame=chunking.seconds_per_frame)
     text = clean_text(processor.batch_decode(ids[np.newaxis])[0])
-    return Transcript(text, words, round(audio_seconds(source), 3))
+    return Transcript(text, words, round(seconds, 3))

@@ -4,23 +4,24 @@ python recipes/transcribe.py --model_name_or_path BASE --adapter alice=ALICE bob
 python recipes/transcribe.py --model_name_or_path BASE --adapter_store STORE --speaker alice bob a.wav b.mp3
 """
 
-import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
 from data.audio import AudioError
+from data.audio_files import STDIN
 from modeling.adapter_store import AdapterStore, list_adapter_names, locate_adapter
 from modeling.adapters import BASE, check_adapter_name
-from modeling.files import write_text
 from recipes.arguments import parse_arguments
 from recipes.beam_search import DecodingArguments, build_decoder
-from recipes.decoding import Transcript, load_recognizer, transcribe_recordings
+from recipes.decoding import iterate_transcripts, load_recognizer
+from recipes.transcript_output import list_recordings, write_transcripts
 
 BASE_SPEAKERS = ("base", BASE)  # speakers without an adapter
 ONLY_ADAPTER = "adapter"  # name of the one that is given without a name
@@ -34,7 +35,12 @@ class TranscribeArguments:
     """What is transcribed, with what, into what."""
 
     model_name_or_path: str = field(metadata={"help": "Base recogniser: a folder or a Hub name."})
-    files: list[str] = field(metadata={"help": "Recordings: wav, flac, ogg or mp3; `--files` may be left out."})
+    files: list[str] = field(
+        metadata={
+            "help": "Recordings in any format; `-` is standard input, behind `--` stand files alone, "
+            "`--files` may be left out."
+        }
+    )
     adapter: list[str] = field(
         default_factory=list, metadata={"help": "One folder or Hub name for all files, or several NAME=FOLDER."}
     )
@@ -51,15 +57,26 @@ class TranscribeArguments:
     format: Literal["text", "json"] = field(
         default="text", metadata={"help": "Lines of file, tab and text (the text alone for one file), or a list."}
     )
+    channel: str = field(
+        default="mix", metadata={"help": "Of each file: mix, left, right, a number from 1, or all, each on its own."}
+    )
     batch_size: int = field(default=16, metadata={"help": "Chunks recognised together."})
     chunk_seconds: float = field(default=20.0, metadata={"help": "Longer recordings are heard in such chunks."})
     overlap_seconds: float = field(default=2.0, metadata={"help": "What two chunks share."})
     output_file: str | None = field(default=None, metadata={"help": "File to write in place of standard output."})
 
 
+# Flags that take a value only if it is one of these words.
+SWITCHES = {f"--{entry.name}" for entry in fields(TranscribeArguments) if entry.type is bool}
+SWITCH_VALUES = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
+FLAGS = {f"--{entry.name}" for entry in (*fields(TranscribeArguments), *fields(DecodingArguments))} | {"--config"}
+
+
 def flag_files(tokens: Sequence[str]) -> list[str]:
     """
     Returns the command line with its positional values, the files, behind `--files`, and each list flag once.
+
+    What exists as a file is a file wherever a second value of a flag may stand, and whatever stands behind `--`.
 
     Example:
         >>> flag_files(["a.wav", "--adapter", "x=out/x", "--adapter", "y=out/y", "--speaker", "x", "y", "b.wav"])
@@ -67,25 +84,46 @@ def flag_files(tokens: Sequence[str]) -> list[str]:
     """
     lists: dict[str, list[str]] = {"--files": []}
     rest, flag, wants_value = [], "", False
-    for token in tokens:
-        if token.startswith("--") or (token.startswith("-") and not wants_value):
+    flags_end = tokens.index("--") if "--" in tokens else len(tokens)
+    for token in tokens[:flags_end]:
+        is_value = wants_value and (flag not in SWITCHES or token.lower() in SWITCH_VALUES)
+        if _is_flag(token, is_value):
             flag, equals, value = token.partition("=")
             wants_value = not equals and flag not in ("-h", "--help")
             if flag not in LIST_FLAGS:
                 rest.append(token)
             elif equals:
                 lists.setdefault(flag, []).append(value)
-        elif wants_value and flag not in LIST_FLAGS:
+        elif is_value and flag not in LIST_FLAGS:
             rest.append(token)
             wants_value = False
-        elif flag in LIST_FLAGS and (wants_value or LIST_FLAGS[flag].fullmatch(token)):
+        elif flag in LIST_FLAGS and (is_value or (LIST_FLAGS[flag].fullmatch(token) and not _is_file(token))):
             lists.setdefault(flag, []).append(token)
             wants_value = False
         else:
             lists["--files"].append(token)
-            flag = ""
+            flag, wants_value = "", False
+    files = [*lists["--files"], *tokens[flags_end + 1 :]]
+    # The parser takes what begins with a dash for a flag.
+    lists["--files"] = [f"./{file}" if file.startswith("-") and file != STDIN else file for file in files]
     flagged = [token for name, values in lists.items() if values for token in (name, *values)]
     return flagged + rest
+
+
+def _is_flag(token: str, is_value: bool) -> bool:
+    """Whether `token` is a flag of this recipe or looks like one and is no file that exists, nor a number."""
+    if token == STDIN or not token.startswith("-"):
+        return False
+    if token.partition("=")[0] in FLAGS:
+        return True
+    return not _is_file(token) and (token.startswith("--") or not is_value)
+
+
+def _is_file(token: str) -> bool:
+    try:
+        return os.path.exists(token) and not os.path.isdir(token)
+    except ValueError:  # a zero byte
+        return False
 
 
 def parse_adapters(values: Sequence[str]) -> dict[str, str]:
@@ -175,22 +213,13 @@ def choose_from_store(speakers: Sequence[str], folder: str, num_files: int) -> l
     return [BASE if speaker in BASE_SPEAKERS else speaker for speaker in speakers]
 
 
-def format_transcripts(transcripts: Sequence[tuple[str, str | None, Transcript]], *, as_json: bool) -> str:
-    """Returns `(file, speaker, transcript)` triples as JSON or as lines of text."""
-    if as_json:
-        entries = [{"file": file, "speaker": speaker, **asdict(said)} for file, speaker, said in transcripts]
-        return json.dumps(entries, indent=2, ensure_ascii=False)
-    if len(transcripts) == 1:
-        return transcripts[0][2].text
-    return "\n".join(f"{file}\t{said.text}" for file, _, said in transcripts)
-
-
 def main(argv: list[str] | None = None) -> int:
     # Arguments
     tokens = flag_files(sys.argv[1:] if argv is None else argv)
     arguments, decoding = parse_arguments(TranscribeArguments, DecodingArguments, argv=tokens)
     adapters = parse_adapters(arguments.adapter)
     adapter_names = choose_for_files(arguments, adapters)
+    recordings = list_recordings(arguments.files, arguments.channel)
 
     # Model and adapters
     model, processor = load_recognizer(
@@ -200,11 +229,12 @@ def main(argv: list[str] | None = None) -> int:
     decoder = build_decoder(decoding, processor.tokenizer)
 
     # Transcribe
-    results = transcribe_recordings(
+    results = iterate_transcripts(
         model,
         processor,
-        arguments.files,
-        adapter_names=adapter_names,
+        [recording.source for recording in recordings],
+        channels=[recording.channel for recording in recordings],
+        adapter_names=[adapter_names[recording.file_index] for recording in recordings],
         store=store,
         chunk_seconds=arguments.chunk_seconds,
         overlap_seconds=arguments.overlap_seconds,
@@ -213,15 +243,17 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # Write
-    errors = [result for result in results if isinstance(result, AudioError)]
-    if PartialState().is_main_process:
-        speakers = arguments.speaker or [None if name in (ONLY_ADAPTER, BASE) else name for name in adapter_names]
-        rows = zip(arguments.files, speakers, results, strict=True)
-        good = [row for row in rows if isinstance(row[2], Transcript)]
-        write_output(format_transcripts(good, as_json=arguments.format == "json"), arguments.output_file)
-        for error in errors:
-            print(f"error: {error}", file=sys.stderr)
-    return 1 if errors else 0
+    if not PartialState().is_main_process:
+        return 1 if any([isinstance(result, AudioError) for result in results]) else 0
+    names = arguments.speaker or [None if name in (ONLY_ADAPTER, BASE) else name for name in adapter_names]
+    speakers = [names[recording.file_index] for recording in recordings]
+    num_errors = write_transcripts(
+        zip(recordings, speakers, results, strict=True),
+        as_json=arguments.format == "json",
+        has_names=len(recordings) > 1,
+        path=arguments.output_file,
+    )
+    return 1 if num_errors else 0
 
 
 def choose_for_files(arguments: TranscribeArguments, adapters: Mapping[str, str]) -> list[str]:
@@ -259,14 +291,6 @@ def open_store(
     for name in set(adapter_names) - {BASE}:
         store.activate(name)
     return store
-
-
-def write_output(text: str, path: str | None) -> None:
-    """Prints `text`, or writes it to the file at `path`."""
-    if path is None:
-        print(text)
-    else:
-        write_text(path, text + "\n")
 
 
 if __name__ == "__main__":

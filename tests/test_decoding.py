@@ -90,13 +90,40 @@ def test_locate_words_joins_jamo_to_syllables(tmp_path):
     assert words == [Word("한국", 0.0, 3.0)]
 
 
-def test_find_pause_cuts_the_longest_pause_of_the_second_half_in_its_middle(tiny_processor):
-    #                                      0         1         2
-    #                                      0123456789012345678901
-    log_probs = one_hot(tiny_processor.tokenizer, "a_________ab_a_|__abb_")
+@pytest.mark.parametrize(
+    ("frames", "cut"),
+    [  # 0         1         2
+        # 0123456789012345678901
+        ("a_________ab_a_|__abb_", 16),  # behind the delimiter of the longest pause between words
+        ("a|________ab_a|a____a_", 15),  # blanks alone stand within words too
+        ("a_________ab_a____abb_", 16),
+        ("____abab", 8),
+    ],
+)
+def test_find_pause_ends_a_block_behind_a_word(tiny_processor, frames, cut):
+    assert find_pause(one_hot(tiny_processor.tokenizer, frames), blank=0, delimiter=2) == cut
 
-    assert find_pause(log_probs, [0, 2]) == 16
-    assert find_pause(one_hot(tiny_processor.tokenizer, "____abab"), [0, 2]) == 8
+
+def test_find_pause_takes_the_frame_likeliest_to_be_one_where_there_is_none(tiny_processor):
+    log_probs = one_hot(tiny_processor.tokenizer, "abababab")
+    log_probs[5, 0] = -3.0
+    assert find_pause(log_probs, blank=0, delimiter=2) == 6
+
+
+def test_words_stay_apart_where_two_blocks_of_a_beam_search_meet(monkeypatch, tiny_processor, tmp_path):
+    (tmp_path / "words.txt").write_text("on\nof\n", encoding="utf-8")
+    decoder = BeamDecoder(tiny_processor.tokenizer, word_list=tmp_path / "words.txt")
+    log_probs = one_hot(tiny_processor.tokenizer, "_on___of__" * 9)
+    log_probs[log_probs[:, 0] == 0, 2] = -1.0  # in a pause the delimiter is nearly as likely as the blank
+    monkeypatch.setattr(chunking, "BLOCK_FRAMES", 15)
+    path = RecordingPath(ChunkStitcher(step_frames=10, overlap_frames=0), decoder)
+
+    for start in range(0, len(log_probs), 10):
+        path.add(log_probs[start : start + 10])
+
+    ids = path.finish()
+    assert len(ids) == len(log_probs)
+    assert tiny_processor.decode(ids).split() == ["on", "of"] * 9 == decoder.decode(log_probs).split()
 
 
 def test_recording_path_searched_in_blocks_is_the_path_searched_at_once(monkeypatch, tiny_processor, cat_decoder):
@@ -104,7 +131,7 @@ def test_recording_path_searched_in_blocks_is_the_path_searched_at_once(monkeypa
     searched = []
     align = cat_decoder.align
     monkeypatch.setattr(chunking, "BLOCK_FRAMES", 40)
-    monkeypatch.setattr(cat_decoder, "align", lambda block: searched.append(len(block)) or align(block))
+    monkeypatch.setattr(cat_decoder, "align", lambda block, **cut: searched.append(len(block)) or align(block, **cut))
     path = RecordingPath(ChunkStitcher(step_frames=10, overlap_frames=0), cat_decoder)
 
     for start in range(0, len(log_probs), 10):

@@ -1,13 +1,18 @@
 import doctest
 import json
+import os
 import runpy
+import shutil
+import struct
 import sys
+import threading
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from recipes import transcribe
-from recipes.decoding import load_recognizer, transcribe_recordings
+from recipes.decoding import iterate_transcripts, load_recognizer, transcribe_recordings
 from recipes.transcribe import BASE, choose_adapters, flag_files, main, parse_adapters
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +57,32 @@ def test_flag_files_takes_the_folder_of_an_unnamed_adapter_for_no_file():
 
 def test_flag_files_takes_a_negative_number_for_a_value():
     assert flag_files(["--word_score", "-1", "a.wav"]) == ["--files", "a.wav", "--word_score", "-1"]
+
+
+def test_an_existing_file_is_a_file_wherever_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("alice", "-loud.wav", "--take.wav", "x=y.wav", "true"):
+        Path(name).touch()
+
+    assert flag_files(["--speaker", "ann", "alice", "--adapter", "x=1", "x=y.wav"]) == [
+        "--files", "alice", "x=y.wav", "--speaker", "ann", "--adapter", "x=1",
+    ]  # fmt: skip
+    assert flag_files(["-loud.wav", "--format", "json", "--take.wav"]) == [
+        "--files", "./-loud.wav", "./--take.wav", "--format", "json",
+    ]  # fmt: skip
+    assert flag_files(["--speaker", "alice", "--output_file", "x=y.wav"]) == [
+        "--speaker", "alice", "--output_file", "x=y.wav",
+    ]  # fmt: skip
+
+
+def test_all_behind_two_dashes_are_files():
+    tokens = ["--format", "json", "a.wav", "--", "--speaker", "-x.wav", "y=z.wav", "-"]
+    assert flag_files(tokens) == ["--files", "a.wav", "./--speaker", "./-x.wav", "y=z.wav", "-", "--format", "json"]
+
+
+def test_a_file_behind_a_switch_is_a_file():
+    assert flag_files(["--allow_base_mismatch", "a.wav"]) == ["--files", "a.wav", "--allow_base_mismatch"]
+    assert flag_files(["--allow_base_mismatch", "false", "-"]) == ["--files", "-", "--allow_base_mismatch", "false"]
 
 
 def test_example_of_flag_files_runs():
@@ -221,3 +252,152 @@ def test_no_good_file_gives_an_empty_list_and_exit_status_1(tiny_base, tmp_path,
     said = capsys.readouterr()
     assert json.loads(said.out) == []
     assert "missing.wav` must be a file, got none at that path" in said.err
+
+
+def test_names_that_are_no_utf8_keep_their_bytes_and_lose_no_answers(tiny_base, recordings, tmp_path, capsysbinary):
+    odd = os.fsencode(tmp_path) + b"/\xff\xe9.wav"
+    shutil.copy(recordings["wav"], odd)
+    files = [recordings["wav"], os.fsdecode(odd)]
+    base = ["--model_name_or_path", tiny_base]
+
+    assert main([*base, *files]) == 0
+    first, second = capsysbinary.readouterr().out.splitlines()
+    assert main([*base, *files, "--output_file", str(tmp_path / "out.txt")]) == 0
+    assert main([*base, *files, "--format", "json", "--output_file", str(tmp_path / "out.json")]) == 0
+
+    assert second == odd + first[len(os.fsencode(recordings["wav"])) :]
+    assert (tmp_path / "out.txt").read_bytes() == first + b"\n" + second + b"\n"
+    assert [entry["file"] for entry in json.loads((tmp_path / "out.json").read_text("utf-8"))] == files
+
+
+def test_files_that_cannot_be_used_lose_no_answers_and_are_named(tiny_base, recordings, tmp_path, capsys):
+    (tmp_path / "fast.wav").write_bytes(set_rate(recordings["wav"], 2_000_000_000))
+    (tmp_path / "slow.wav").write_bytes(set_rate(recordings["wav"], 1))
+    (tmp_path / "loop.wav").symlink_to("loop.wav")
+    bad = [
+        str(tmp_path / ("n" * 300)),
+        str(tmp_path / "fast.wav"),
+        str(tmp_path / "slow.wav"),
+        str(tmp_path),
+        str(tmp_path / "loop.wav"),
+        "/dev/zero",
+        os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav"),
+    ]
+    files = [bad[0], recordings["wav"], *bad[1:], recordings["flac"]]
+
+    assert main(["--model_name_or_path", tiny_base, "--", *files]) == 1
+
+    said = capsys.readouterr()
+    assert [line.split("\t")[0] for line in said.out.splitlines()] == [recordings["wav"], recordings["flac"]]
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    expected = ["File name too long", "got 2000000000", "got 1. ", "got a folder", "symbolic links", "got a device",
+                r"\xff.wav` must be a file, got none"]  # fmt: skip
+    assert [text in error for text, error in zip(expected, errors, strict=True)] == [True] * 7
+    assert max(map(len, errors)) < 450
+
+
+def test_each_answer_is_written_when_it_is_there(tiny_base, recordings, tmp_path, capsys, monkeypatch):
+    files = [recordings["wav"], recordings["flac"]]
+
+    def break_down(*arguments, **options):
+        yield from islice(iterate_transcripts(*arguments, **options), 1)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(transcribe, "iterate_transcripts", break_down)
+    base = ["--model_name_or_path", tiny_base, *files]
+    for flags in (["--format", "json"], ["--format", "json", "--output_file", str(tmp_path / "out.json")]):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            main([*base, *flags])
+
+    printed = capsys.readouterr().out
+    assert [entry["file"] for entry in json.loads(printed)] == files[:1]
+    assert (tmp_path / "out.json").read_text() == printed
+
+
+def test_recordings_come_in_their_order_and_the_first_before_the_last_is_opened(tiny_base, recordings, tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    files = [tmp_path / "none.wav", *[recordings["wav"]] * 70, tmp_path / "pipe"]
+
+    answers = iterate_transcripts(*load_recognizer(tiny_base), files, batch_size=16)
+
+    assert "none.wav" in str(next(answers))
+    assert next(answers).seconds == 0.7
+
+
+def test_a_recording_comes_through_a_pipe_and_through_standard_input(tiny_base, recordings, capsys, monkeypatch):
+    content = Path(recordings["mp3"]).read_bytes()
+    pipes = [os.pipe() for _ in range(2)]
+    for _, end in pipes:
+        threading.Thread(target=write_and_close, args=(end, content), daemon=True).start()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(pipes[0][0]))
+    flags = ["--model_name_or_path", tiny_base, "--format", "json"]
+
+    substituted = f"/dev/fd/{pipes[1][0]}"  # what a shell makes of <(...)
+    assert main([*flags, "-", substituted]) == 0
+    piped = json.loads(capsys.readouterr().out)
+
+    assert main([*flags, recordings["mp3"]]) == 0
+    (expected,) = json.loads(capsys.readouterr().out)
+    assert piped == [{**expected, "file": "-"}, {**expected, "file": substituted}]
+
+
+def test_standard_input_is_read_once(tiny_base):
+    with pytest.raises(ValueError, match="`files` must name standard input, `-`, once, got it twice"):
+        main(["--model_name_or_path", tiny_base, "-", "-"])
+
+
+def test_every_channel_is_transcribed_alone_under_the_file_and_its_name(tiny_base, recordings, capsys):
+    base = ["--model_name_or_path", tiny_base]
+    texts = {}
+    for channel in ("left", "2", "mix"):
+        assert main([*base, "--channel", channel, recordings["flac"]]) == 0
+        texts[channel] = capsys.readouterr().out
+    assert len(set(texts.values())) == 3
+
+    assert main([*base, "--channel", "all", recordings["flac"], recordings["wav"]]) == 0
+    left, right, mono = capsys.readouterr().out.splitlines(keepends=True)
+    assert left == f"{recordings['flac']}:left\t{texts['left']}"
+    assert right == f"{recordings['flac']}:right\t{texts['2']}"
+    assert mono.startswith(f"{recordings['wav']}\t")
+
+    assert main([*base, "--channel", "all", "--format", "json", recordings["flac"]]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [(entry["file"], entry["channel"]) for entry in entries] == [
+        (recordings["flac"], "left"),
+        (recordings["flac"], "right"),
+    ]
+
+
+def test_all_channels_of_a_pipe_are_transcribed(tiny_base, recordings, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(
+        target=lambda: (tmp_path / "pipe").write_bytes(Path(recordings["flac"]).read_bytes()), daemon=True
+    )
+    writer.start()
+    assert main(["--model_name_or_path", tiny_base, "--channel", "all", str(tmp_path / "pipe")]) == 0
+    names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [f"{tmp_path / 'pipe'}:left", f"{tmp_path / 'pipe'}:right"]
+
+
+def test_a_speaker_of_a_file_speaks_on_all_its_channels(tiny_base, named, recordings, capsys):
+    files = [recordings["flac"], recordings["wav"]]
+    flags = ["--model_name_or_path", tiny_base, "--adapter", *named, "--speaker", "alice", "bob"]
+    assert main([*flags, "--channel", "all", "--format", "json", "--files", *files]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [entry["speaker"] for entry in entries] == ["alice", "alice", "bob"]
+
+
+def test_a_channel_that_no_file_can_have_is_refused(tiny_base, recordings):
+    with pytest.raises(ValueError, match="`channel` must be left, right, mix or a number from 1, got 'middle'"):
+        main(["--model_name_or_path", tiny_base, "--channel", "middle", recordings["wav"]])
+
+
+def write_and_close(descriptor: int, content: bytes) -> None:
+    with os.fdopen(descriptor, "wb") as pipe:
+        pipe.write(content)
+
+
+def set_rate(path: str, rate: int) -> bytes:
+    """The content of a wav with another sampling rate in its header."""
+    content = Path(path).read_bytes()
+    return content[:24] + struct.pack("<I", rate) + content[28:]
