@@ -89,6 +89,8 @@ def main() -> None:
     train_dataset = prepare_training(domain_args, model, variants, collator, batch_size=batch_size)
     measure = partial(measure_pairs, domain_args, objective, validation, collator, batch_size=batch_size)
     results = measure("before")
+    caution = loader.describe_overlap()
+    results |= {"caution": caution} if caution else {}
 
     # Trainer
     report = DomainReportCallback()

@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from data.annotations import STYLES
+from data.annotations import STYLES, read_transcripts
+from data.corpora import load_corpus
 from recipes.processes import choose_device, describe_processes, join_processes
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,13 @@ class CorpusArguments:
         metadata={
             "help": "`synthetic`, a folder with metadata.csv, a manifest (.csv .tsv .jsonl .parquet) or a Hub name."
         }
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset that has several, such as a language."}
+    )
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the transcripts. Default: text, sentence, transcription or transcript."},
     )
     transcript_style: str = field(
         default="plain",
@@ -46,6 +54,23 @@ class CorpusArguments:
     def concatenate(self) -> tuple[int, int]:
         """Fewest and most clips of an utterance."""
         return self.concatenate_min, self.concatenate_max
+
+
+def load_split(arguments, split: str, *, streaming: bool = False, required_columns: Sequence[str] = ("audio",)):
+    """
+    Returns the rows of one split with their transcripts in the style that the arguments name.
+
+    Args:
+        arguments: With `dataset`, `dataset_config`, `text_column` and `transcript_style`.
+        split, streaming, required_columns: As for [`load_corpus`].
+
+    Raises:
+        ValueError: As [`load_corpus`] and [`read_transcripts`].
+    """
+    source = {"dataset_config": arguments.dataset_config, "text_column": arguments.text_column}
+    options = {"required_columns": required_columns, "streaming": streaming}
+    corpus = load_corpus(arguments.dataset, split=split, **source, **options)
+    return read_transcripts(corpus, arguments.transcript_style, name=f"{arguments.dataset}, split {split}")
 
 
 def parse_arguments(*argument_types: type, argv: Sequence[str] | None = None) -> tuple:

@@ -207,6 +207,7 @@ def render_card(folder: str | Path, subject: CardSubject, *, repository: str | N
         f"---\n{_metadata(subject, results, name, is_adapter).to_yaml()}\n---",
         f"# {escape_markdown(name)}\n\n{subject.description}",
         f"![Results]({subject.picture})" if subject.picture else "",
+        f"> {results['caution']}" if results.get("caution") else "",
         f"## Results\n\n{_error_table(subject, results)}" if RATES[0] in _measured_rates(results) else "",
         f"## Facts\n\n{_fact_table(folder, subject, results, is_adapter)}",
         subject.details or "",

@@ -10,15 +10,14 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel
 
-from data.annotations import read_transcripts
-from data.corpora import load_corpus
 from data.domain import decode_domain, list_cuts, match_pairs, select_domain, split_long
 from data.domain_utterances import DomainCollator, DomainUtterances, PairedUtterances
 from data.ldv import LDVChannel, simulate_clips
+from data.overlap import describe_overlap
 from data.prompts import Prompt
 from modeling import SpeechAdapterConfig
 from modeling.adapter_config import PRESETS
-from recipes.arguments import CorpusArguments
+from recipes.arguments import CorpusArguments, load_split
 from recipes.audio_tower import Family, add_adapter, find_block, find_family, load_model, load_tower_alone
 from recipes.card import public_name
 from recipes.chat import check_language
@@ -224,6 +223,7 @@ class DomainLoader:
         self.arguments, self.corpus_args, self.channel, self.prompt = arguments, corpus_args, channel, prompt
         self.seed = seed
         self._loaded: dict[tuple, list[tuple[Dataset, Dataset]]] = {}
+        self._corpora: dict[str, Dataset] = {}
         self.rate = prompt.extractor.sampling_rate
         self._join = partial(DomainUtterances, max_samples=prompt.max_samples, concatenate=corpus_args.concatenate)
 
@@ -254,6 +254,11 @@ class DomainLoader:
             self.arguments.target_domain: self._join(target, seed=EVAL_SEED),
         }
 
+    def describe_overlap(self) -> str | None:
+        """Returns what the card says of data that is both trained and evaluated on; both must be loaded."""
+        splits = {"train_split": self.corpus_args.train_split, "eval_split": self.corpus_args.eval_split}
+        return describe_overlap(*(self._corpora[split] for split in splits.values()), **splits)
+
     def _pair(self, source: Dataset, target: Dataset, *, seed: int) -> DomainUtterances | PairedUtterances:
         # Parts of long clips have no transcript of their own; a distance needs none.
         join = partial(self._join, seed=seed, is_whole=self.arguments.objective != "distill")
@@ -267,9 +272,8 @@ class DomainLoader:
         return self._loaded[key]
 
     def _load_anew(self, split: str, seeds: list[int]) -> list[tuple[Dataset, Dataset]]:
-        arguments, name = self.arguments, f"{self.corpus_args.dataset}, split {split}"
-        corpus = load_corpus(self.corpus_args.dataset, split=split)
-        corpus = read_transcripts(corpus, self.corpus_args.transcript_style, name=name)
+        arguments, corpus = self.arguments, load_split(self.corpus_args, split)
+        self._corpora[split] = corpus
         decode = partial(decode_domain, sampling_rate=self.rate, needs_text=not arguments.tower_only)
         list_places = partial(list_cuts, max_samples=self.prompt.max_samples, sampling_rate=self.rate)
         if arguments.simulate_domain:

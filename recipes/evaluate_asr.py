@@ -9,24 +9,27 @@ python recipes/evaluate_asr.py --compare --model_name_or_path BASE --adapter ALI
 """
 
 import json
+import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from accelerate import PartialState
 from transformers import ProcessorMixin
 
-from data.annotations import STYLES, read_transcripts
+from data.annotations import STYLES
 from data.asr import UtteranceDataset, decode_clips
-from data.corpora import load_corpus
+from data.corpora import DEFAULT_SPLIT
 from data.metrics import format_score_table
 from data.speakers import select_speakers
 from data.text import set_language
 from modeling.adapters import adapters_off
 from modeling.files import write_text
-from recipes.arguments import parse_arguments
+from recipes.arguments import load_split, parse_arguments
 from recipes.beam_search import DecodingArguments, build_decoder
 from recipes.decoding import evaluate_dataset, load_recognizer
 from recipes.report import format_table
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "adapter"  # any name will do for the only one
 
@@ -43,6 +46,13 @@ class EvaluateArguments:
     )
     split: str = field(default="test", metadata={"help": "Split of the dataset."})
     speaker_id: list[str] | None = field(default=None, metadata={"help": "Speakers to evaluate; default: all."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset that has several, such as a language."}
+    )
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the transcripts. Default: text, sentence, transcription or transcript."},
+    )
     transcript_style: str = field(
         default="plain", metadata={"help": "What in a transcript is no speech.", "choices": list(STYLES)}
     )
@@ -62,6 +72,8 @@ class EvaluateArguments:
     base_speaker_id: list[str] | None = field(
         default=None, metadata={"help": "Speakers of base_dataset to evaluate; default: all."}
     )
+    base_dataset_config: str | None = field(default=None, metadata={"help": "dataset_config of base_dataset."})
+    base_text_column: str | None = field(default=None, metadata={"help": "text_column of base_dataset."})
     base_transcript_style: str = field(
         default="plain", metadata={"help": "transcript_style of base_dataset.", "choices": list(STYLES)}
     )
@@ -85,11 +97,11 @@ def load_utterances(
     """Returns the utterances that `arguments` name."""
     needs_speakers = bool(arguments.speaker_id) or arguments.concatenate_max > 1
     columns = ("audio", "text", "speaker_id") if needs_speakers else ("audio", "text")
-    corpus = load_corpus(arguments.dataset, split=arguments.split, required_columns=columns)
+    corpus = load_split(arguments, arguments.split, required_columns=columns)
+    if arguments.split == DEFAULT_SPLIT:
+        logger.warning("`split` is %r, which recipes train on: such scores say nothing of new speech.", DEFAULT_SPLIT)
     if arguments.speaker_id:
         corpus = select_speakers(corpus, arguments.speaker_id)
-    name = f"{arguments.dataset}, split {arguments.split}"
-    corpus = read_transcripts(corpus, arguments.transcript_style, name=name)
     options = {"is_joined": arguments.concatenate_max > 1, "is_evaluation": True}
     clips = decode_clips(corpus, processor, samples_per_logit=samples_per_logit, **options)
     concatenate = (arguments.concatenate_min, arguments.concatenate_max)
@@ -175,9 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     # Data
     load = partial(load_utterances, processor=processor, samples_per_logit=model.config.inputs_to_logits_ratio)
     dataset = load(arguments)
-    base = {"split": arguments.base_split, "speaker_id": arguments.base_speaker_id}
-    base["transcript_style"] = arguments.base_transcript_style
-    base_dataset = load(replace(arguments, dataset=arguments.base_dataset, **base)) if arguments.compare else None
+    names = ("dataset", "dataset_config", "text_column", "transcript_style", "split", "speaker_id")
+    base = {name: getattr(arguments, f"base_{name}") for name in names}
+    base_dataset = load(replace(arguments, **base)) if arguments.compare else None
 
     # Evaluate
     score = partial(evaluate_dataset, model, processor, batch_size=arguments.batch_size, decoder=decoder)

@@ -8,15 +8,15 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import CONFIG_NAME
 
-from data.annotations import read_transcripts
 from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
-from data.corpora import load_corpus, take_seconds
+from data.corpora import take_seconds
+from data.overlap import describe_overlap
 from data.speakers import select_speakers, share_speakers
 from data.spelling import MAX_CLIP_SECONDS
 from modeling import SpeechAdapterConfig
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, save_adapter
-from recipes.arguments import CorpusArguments
+from recipes.arguments import CorpusArguments, load_split
 from recipes.card import CardArguments, CardSubject, public_name, write_card
 from recipes.decoding import evaluate_dataset, load_adapter
 from recipes.hub import HubTarget
@@ -158,11 +158,13 @@ class SpeakerData:
         speaker_id: The speaker.
         train: Utterances to train on, within the seconds allowed.
         evaluation: Datasets to score: the speaker's at `""`, the base's speakers' at `"others_"` if they are named.
+        caution: What the card says of data that is both trained and evaluated on.
     """
 
     speaker_id: str
     train: UtteranceDataset
     evaluation: dict[str, UtteranceDataset]
+    caution: str | None = None
 
 
 class SpeakerLoader:
@@ -193,13 +195,11 @@ class SpeakerLoader:
     ):
         columns = ("audio", "text", "speaker_id")
         self.train_corpus, self.eval_corpus = (
-            read_transcripts(
-                load_corpus(corpus_args.dataset, split=split, required_columns=columns),
-                corpus_args.transcript_style,
-                name=f"{corpus_args.dataset}, split {split}",
-            )
+            load_split(corpus_args, split, required_columns=columns)
             for split in (corpus_args.train_split, corpus_args.eval_split)
         )
+        splits = {"train_split": corpus_args.train_split, "eval_split": corpus_args.eval_split}
+        self.caution = describe_overlap(self.train_corpus, self.eval_corpus, **splits)
         self.arguments, self.augmentation, self.seed = arguments, augmentation, seed
         self.decode = {"processor": processor, "samples_per_logit": samples_per_logit}
         self.decode["is_joined"] = corpus_args.concatenate_max > 1
@@ -240,6 +240,7 @@ class SpeakerLoader:
                 prefix: UtteranceDataset(decode_clips(corpus, **self.decode, is_evaluation=True), **self.join)
                 for prefix, corpus in evaluation.items()
             },
+            self.caution,
         )
 
 
@@ -285,6 +286,7 @@ def collect_results(
         for rate in ("wer", "cer"):
             results |= {f"{prefix}base_{rate}": before[prefix][rate], f"{prefix}eval_{rate}": after[prefix][rate]}
     results |= {"rate": before[""]["rate"], **sizes, "train_runtime": runtime}
+    results |= {"caution": data.caution} if data.caution else {}
     return results | {"speaker_id": data.speaker_id, "train_seconds": round(data.train.seconds, 2)}
 
 

@@ -11,11 +11,10 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
 
 from data.augmentation import RecipeAugmentation
-from data.corpora import load_corpus
 from data.text import set_language
 from modeling.adapter_files import read_adapter
 from modeling.adapters import adapters_off, is_adapter_parameter
-from recipes.arguments import CorpusArguments, parse_arguments
+from recipes.arguments import CorpusArguments, load_split, parse_arguments
 from recipes.cached_training import CacheArguments, FrozenPart
 from recipes.card import CardArguments
 from recipes.hub import push_folder, take_hub_target
@@ -54,7 +53,7 @@ def plan_model(arguments: tuple) -> PreTrainedModel:
     model = AutoModelForCTC.from_config(AutoConfig.from_pretrained(personal_args.model_name_or_path))
     speakers = personal_args.speaker_id
     if speakers == [ALL_SPEAKERS]:
-        corpus = load_corpus(corpus_args.dataset, split=corpus_args.train_split, required_columns=("speaker_id",))
+        corpus = load_split(corpus_args, corpus_args.train_split, required_columns=("speaker_id",))
         speakers = set(corpus["speaker_id"][:])
     for number in range(min(len(speakers), personal_args.speakers_per_stack)):
         name = f"{ADAPTER_NAME}_{number}"

@@ -188,7 +188,8 @@ def measure_corpus(flags: Mapping[str, object]) -> CorpusSize | None:
     """
     if flags.get("streaming") or not flags.get("dataset"):
         return None
-    corpus = load_corpus(flags["dataset"], split=flags["train_split"], required_columns=("audio", "text"))
+    source = {name: flags.get(name) for name in ("dataset_config", "text_column")}
+    corpus = load_corpus(flags["dataset"], split=flags["train_split"], required_columns=("audio", "text"), **source)
     domain = flags.get("source_domain") if flags.get("simulate_domain") else flags.get("target_domain")
     if domain and "domain" in corpus.column_names:
         corpus = select_domain(corpus, domain, flag="target_domain")

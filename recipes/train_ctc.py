@@ -15,11 +15,10 @@ from typing import ClassVar
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
 
-from data.annotations import read_transcripts
 from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation, RecipeAugmentation
 from data.collators import CTCCollator
-from data.corpora import load_corpus
+from data.overlap import describe_overlap
 from data.speakers import select_speakers
 from data.spelling import MAX_CLIP_SECONDS
 from data.streaming import EndlessUtterances, stream_utterances
@@ -31,7 +30,7 @@ from modeling import (
     DeepSpeech2Processor,
     JamoCTCTokenizer,
 )
-from recipes.arguments import CorpusArguments, parse_arguments
+from recipes.arguments import CorpusArguments, load_split, parse_arguments
 from recipes.card import CardArguments, CardSubject, write_card
 from recipes.decoding import evaluate_dataset
 from recipes.hub import push_folder, take_hub_target
@@ -147,13 +146,12 @@ def load_corpora(arguments: TrainingCorpusArguments) -> tuple[Dataset | Iterable
     columns = ("audio", "text", "speaker_id") if excluded else ("audio", "text")
     corpora = []
     for split, streaming in ((arguments.train_split, arguments.streaming), (arguments.eval_split, False)):
-        corpus = load_corpus(arguments.dataset, split=split, required_columns=columns, streaming=streaming)
+        corpus = load_split(arguments, split, required_columns=columns, streaming=streaming)
         if streaming:
             corpus = corpus.filter(lambda row: row.get("speaker_id") not in excluded)
         elif excluded:
             corpus = select_speakers(corpus, excluded, exclude=True)
-        name = f"{arguments.dataset}, split {split}"
-        corpora.append(read_transcripts(corpus, arguments.transcript_style, name=name))
+        corpora.append(corpus)
     return tuple(corpora)
 
 
@@ -233,6 +231,8 @@ def main() -> None:
 
     # Corpus
     train_corpus, eval_corpus = load_corpora(corpus_args)
+    splits = {"train_split": corpus_args.train_split, "eval_split": corpus_args.eval_split}
+    caution = describe_overlap(train_corpus, eval_corpus, **splits)
 
     # Model
     texts = (row["text"] for row in train_corpus.select_columns(["text"]))
@@ -268,6 +268,7 @@ def main() -> None:
         "train_runtime": train_output.metrics["train_runtime"],
         "total_parameters": model.count_parameters()["total"],
     }
+    results |= {"caution": caution} if caution else {}
     if not corpus_args.streaming:
         results |= {"train_seconds": round(train_dataset.seconds, 2), "num_train_clips": len(train_dataset.clips)}
     if not trainer.is_world_process_zero():
