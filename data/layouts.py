@@ -230,7 +230,7 @@ def _read_tar(path: Path) -> Iterator[dict[str, object]]:
                 row |= _read_member(member.name, ending.lower(), archive.extractfile(member).read())
     except (tarfile.TarError, EOFError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"`{path}` must be a whole webdataset, got ({error}). Write it again.") from error
-    if row:
+    if name is not None:
         yield _check_sample(row, path)
 
 

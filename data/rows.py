@@ -30,6 +30,7 @@ KEPT_COLUMNS = ("audio", *TEXT_COLUMNS, *NAME_COLUMNS, "split", "units")
 RATE_COLUMNS = ("sampling_rate", "sample_rate")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".webm", ".mp4", ".aiff", ".au", ".amr")
 MAX_CHANNELS = 8
+MAX_WHOLE = 32_768  # of samples of 16 bits
 
 
 @dataclass(frozen=True)
@@ -197,21 +198,18 @@ def read_recording(row: Mapping[str, object], where: str, source: Source) -> dic
 def _encode(samples: object, sampling_rate: object, where: str) -> bytes:
     """Returns samples as the bytes of a wav: floats as they are, whole numbers as those of 16 bits."""
     if not isinstance(sampling_rate, int | float) or not sampling_rate > 0:
-        raise RowError(
-            f"{where} holds samples and must say their rate, got {sampling_rate!r}; add `sampling_rate` in Hz"
-        )
-    try:
-        array = np.asarray(samples)
-        is_whole = np.issubdtype(array.dtype, np.integer)
-        array = array.astype(np.int16 if is_whole else np.float32, casting="same_kind")
-    except (ValueError, TypeError) as error:
-        raise RowError(f"{where} must hold samples, got {samples!r:.80}") from error
+        raise RowError(f"{where} must say the rate of its samples in `sampling_rate`, in Hz, got {sampling_rate!r}")
+    array = np.asarray(samples)
+    is_whole = np.issubdtype(array.dtype, np.integer)
+    if not (is_whole or np.issubdtype(array.dtype, np.floating)):
+        raise RowError(f"{where} must hold samples, got {samples!r:.80}")
+    if is_whole and np.abs(array.astype(float)).max(initial=0) > MAX_WHOLE:
+        raise RowError(f"{where} must hold samples of 16 bits or floats in [-1, 1], got larger whole numbers")
     if array.ndim == 2 and array.shape[0] < array.shape[1]:
         array = array.T  # (samples, channels)
     if array.ndim > 2 or (array.ndim == 2 and array.shape[1] > MAX_CHANNELS):
         raise RowError(f"{where} must hold samples of one or a few channels, got an array of shape {array.shape}")
-    if is_whole and not np.array_equal(array, np.asarray(samples).reshape(array.shape)):
-        raise RowError(f"{where} must hold samples of 16 bits or floats in [-1, 1], got larger whole numbers")
+    array = array.astype(np.int16 if is_whole else np.float32)
     file = io.BytesIO()
     soundfile.write(file, array, int(sampling_rate), format="wav", subtype="PCM_16" if is_whole else "FLOAT")
     return file.getvalue()

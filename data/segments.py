@@ -54,6 +54,8 @@ class Cutter:
         except AudioError as error:
             raise RowError(str(error).removesuffix(".")) from error
         start, end = times[0], total if times[1] is None else times[1]
+        if end <= start:
+            raise RowError(f"{where} must have a start before its end, got {start} and {end} seconds")
         if start <= TOLERANCE_SECONDS and abs(end - total) <= TOLERANCE_SECONDS:
             return None
         if end <= total + TOLERANCE_SECONDS:
@@ -120,7 +122,7 @@ def _find_times(row: Mapping[str, object], where: str, *, is_nemo: bool) -> tupl
     if not found:
         return None
     start, end = found[0]
-    if start is None or (end is not None and end <= start):
+    if start is None:
         raise RowError(f"{where} must have a start before its end, got {start} and {end} seconds")
     for other in found[1:]:
         differences = [abs((one or 0.0) - (time or 0.0)) for one, time in zip(other, found[0], strict=True)]

@@ -138,7 +138,7 @@ def _find_delimiter(header: str, default: str) -> str:
     candidates = [default, *DELIMITERS]
     found = (one for one in candidates if _has_audio_column(next(csv.reader([header], delimiter=one), [])))
     # Without a header the lines of LJSpeech and its kind have pipes.
-    return next(found, "|" if "|" in header and "," not in header and "\t" not in header else default)
+    return next(found, "|" if "|" in header else default)
 
 
 def _has_audio_column(header: Sequence[str]) -> bool:
