@@ -34,6 +34,7 @@ PRESETS = {
 TRANSFORMER_DEFAULTS = {**PRESETS["standard"], "use_positions": True, "scale_init": 1.0}
 TRANSFORMER_FIELDS = ("preset", *(name for name in TRANSFORMER_DEFAULTS if name != "dropout"))
 MAX_LAYERS = 64
+MAX_SHOWN = 300  # characters of a value in a message
 DEFAULT_DROPOUT = 0.1
 
 
@@ -207,8 +208,9 @@ def check_module_names(argument: str, names: object) -> None:
     """
     try:
         is_legal = names is None or (isinstance(names, str) and re.compile(names))
-    except re.error as error:
-        raise ValueError(f"`{argument}` must be names or a regular expression, got {names!r} ({error}).") from error
+    except (re.error, RecursionError, OverflowError) as error:
+        shown = repr(names)[:MAX_SHOWN]
+        raise ValueError(f"`{argument}` must be names or a regular expression, got {shown} ({error}).") from error
     is_list = isinstance(names, (list, set, tuple)) and all(isinstance(name, str) for name in names)
     if not is_legal and not is_list:
-        raise ValueError(f"`{argument}` must be names or a regular expression, got {names!r}.")
+        raise ValueError(f"`{argument}` must be names or a regular expression, got {repr(names)[:MAX_SHOWN]}.")

@@ -2,19 +2,17 @@
 
 Whatever is refused leaves the model as it was. The order, cheapest and safest first:
 
-    files        whole, safetensors, finite, configuration of the right types     `read_adapter`
+    files        whole, safetensors, small, configuration of the right types      `read_adapter`
     base         fingerprint in the file against the model's                      `check_base`
     fit          names and shapes of the tensors, without memory for weights      `check_fit`
+    weights      read, and finite in the precisions of file and model             `check_finite`
     injection    transformers' own `load_adapter`
     effect       one small batch with the adapter on and off                      `check_effect`
 """
 
 import copy
-import json
 import logging
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,36 +20,23 @@ from itertools import pairwise
 
 import torch
 from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations.peft import PeftAdapterMixin
+from transformers.utils.loading_report import LoadStateDictInfo
 
-from .active_adapters import check_adapter_name, is_adapter_parameter
-from .adapter_files import FINGERPRINT_ENTRY, MISMATCH_ENTRY, SavedAdapter, name_on_disk, read_adapter
+from .active_adapters import check_adapter_name, find_adapter_layers, is_adapter_parameter
+from .adapter_files import FINGERPRINT_ENTRY, MISMATCH_ENTRY, SavedAdapter, name_on_disk, read_adapter, shorten
 from .adapter_probe import check_effect
-from .base_weights import changes_base, find_weights
+from .base_weights import changes_base, find_hooks, find_weights
 from .fingerprint import check_fingerprints, find_version, fingerprint_base, fingerprint_processor, list_differences
+from .module_patterns import bounded_patterns
 
 logger = logging.getLogger(__name__)
 
 SPEECH_ADAPTER_TYPE = "SPEECH_ADAPTER"
-# Entries of configurations that PEFT matches as regular expressions against module names.
-PATTERN_ENTRIES = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
-# A regular expression with at most so many of these characters, and no repeated group, takes at most quadratic time.
-BRANCHING = re.compile(r"[*+?{|]")
-REPEATED_GROUP = re.compile(r"\)[*+?{]")
-MAX_BRANCHES = 2
-PATTERN_SECONDS = 5
-# Run apart, where it can be stopped: Python's regular expressions have no time limit.
-PATTERN_PROGRAM = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    for name in names:
-        for form in (pattern, f"(.*\\\\.)?({pattern})$", f"(?:^|.*?\\\\.){pattern}\\\\.(?P<idx>\\\\d+)\\\\."):
-            re.fullmatch(form, name)
-"""
 
 
 def load_speech_adapter(
@@ -100,6 +85,7 @@ def load_speech_adapter(
         loaded = _inject(saved, model, adapter_name, config, is_trainable=is_trainable, load_config=load_config)
         setattr(config, FINGERPRINT_ENTRY, saved.base_fingerprint)
         setattr(config, MISMATCH_ENTRY, saved.base_mismatch_allowed or is_mismatch)
+        check_finite(saved, model, adapter_name)
         check_effect(model, adapter_name, probe_inputs)
     return loaded
 
@@ -146,23 +132,23 @@ def check_fit(saved: SavedAdapter, model: nn.Module, adapter_name: str) -> list[
         ValueError: A regular expression is invalid or takes too long, no module is wrapped, or tensors are missing,
             too much or of another shape.
     """
-    _check_patterns(saved, [name for name, _ in model.named_modules()])
-    restore = remember_modules(model)
     config = saved.checked_config()
     if changes_base(config):
         config.init_lora_weights = True  # same shapes, and the base stays as it is
-    try:
-        with without_false_alarms():
-            inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage=True)
-            state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        expected = {name_on_disk(key): tuple(value.shape) for key, value in state.items()}
-    except Exception as error:  # whatever a configuration of unknown origin makes PEFT stumble over
-        raise _misfit(saved, str(error)) from error
-    finally:
-        restore()
+    with bounded_patterns(config, model):
+        restore = remember_modules(model)
+        try:
+            with without_false_alarms():
+                inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage=True)
+                state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+            expected = {name_on_disk(key): tuple(value.shape) for key, value in state.items()}
+        except Exception as error:  # whatever a configuration of unknown origin makes PEFT stumble over
+            raise _misfit(saved, str(error)) from error
+        finally:
+            restore()
     if saved.config.peft_type == SPEECH_ADAPTER_TYPE:
         check_tensors(saved, expected)
-    elif sum(map(_count, expected.values())) > sum(value.numel() for value in saved.tensors.values()):
+    elif sum(map(_count, expected.values())) > sum(_count(about.shape) for about in saved.header.values()):
         # Names may differ here: transformers renames those of adapters that older versions have saved.
         raise _misfit(saved, "its configuration asks for more weights than the file has")
     return list(expected)
@@ -175,11 +161,11 @@ def check_tensors(saved: SavedAdapter, expected: Mapping[str, tuple[int, ...]]) 
     Raises:
         ValueError: It has not.
     """
-    if wrong := sorted(expected.keys() ^ saved.tensors.keys()):
+    if wrong := sorted(expected.keys() ^ saved.header.keys()):
         raise _wrong_tensors(saved, wrong[0])
-    for name, value in saved.tensors.items():
-        if tuple(value.shape) != expected[name] or not value.is_floating_point():
-            raise _misfit(saved, f"{name!r} is {value.dtype} {tuple(value.shape)} and should be {expected[name]}")
+    for name, about in saved.header.items():
+        if about.shape != expected[name] or not about.dtype.is_floating_point:
+            raise _misfit(saved, f"{name!r} is {about.dtype} {about.shape} and should be {expected[name]}")
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -187,49 +173,14 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _misfit(saved: SavedAdapter, reason: str) -> ValueError:
-    return ValueError(f"`adapter` must be an adapter of this base, got {saved.source} ({reason}).")
+    return ValueError(f"`adapter` must be an adapter of this base, got {saved.source} ({shorten(reason)}).")
 
 
 def _wrong_tensors(saved: SavedAdapter, name: str) -> ValueError:
     return ValueError(
-        f"`adapter` must hold exactly the tensors of its configuration, got {saved.source} where {name!r} is missing "
-        "or too much. Save or download it again."
+        f"`adapter` must hold exactly the tensors of its configuration, got {saved.source} where {shorten(name)!r} is "
+        "missing or too much. Save or download it again."
     )
-
-
-def _check_patterns(saved: SavedAdapter, module_names: Sequence[str]) -> None:
-    patterns: list[str] = []
-    for entry in PATTERN_ENTRIES:
-        value = getattr(saved.config, entry, None)
-        # Lists of targets are names; the other entries hold regular expressions, as keys or in a list.
-        if isinstance(value, str) or (value and not entry.endswith("_modules")):
-            patterns += [value] if isinstance(value, str) else list(value)
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError, RecursionError, OverflowError) as error:
-            raise ValueError(
-                f"`target_modules` must be names or a regular expression, got {pattern!r} in {saved.source} ({error})."
-            ) from error
-    if all(map(_is_quick, patterns)):
-        return
-    try:
-        subprocess.run(
-            [sys.executable, "-I", "-S", "-c", PATTERN_PROGRAM],
-            input=json.dumps([patterns, module_names]).encode(),
-            timeout=PATTERN_SECONDS,
-            check=True,
-            capture_output=True,
-        )
-    except subprocess.SubprocessError as error:
-        raise ValueError(
-            f"`target_modules` must be matched in {PATTERN_SECONDS} seconds, got {patterns} in {saved.source}. Name "
-            "the modules, or repeat single characters only."
-        ) from error
-
-
-def _is_quick(pattern: str) -> bool:
-    return len(BRANCHING.findall(pattern)) <= MAX_BRANCHES and not REPEATED_GROUP.search(pattern)
 
 
 def _inject(
@@ -241,8 +192,10 @@ def _inject(
     is_trainable: bool,
     load_config: object | None,
 ) -> object:
+    if find_hooks(model):
+        return _inject_beside_offloaded(saved, model, adapter_name, config, is_trainable=is_trainable)
     try:
-        with without_false_alarms():
+        with without_false_alarms(), bounded_patterns(config, model):
             loaded = PeftAdapterMixin.load_adapter(
                 model,
                 saved.folder,  # not looked at: configuration and tensors are given
@@ -258,6 +211,50 @@ def _inject(
     if wrong := sorted(missing | set(loaded.unexpected_keys)):
         raise _wrong_tensors(saved, wrong[0])
     return loaded
+
+
+def _inject_beside_offloaded(
+    saved: SavedAdapter, model: PreTrainedModel, adapter_name: str, config: PeftConfig, *, is_trainable: bool
+) -> LoadStateDictInfo:
+    """As transformers' `load_adapter`, which fails where a part of the model is on a disk (5.23)."""
+    config.inference_mode = not is_trainable
+    tensors = dict(saved.tensors)
+    with without_false_alarms(), bounded_patterns(config, model):
+        inject_adapter_in_model(config, model, adapter_name)
+    model._hf_peft_config_loaded = True
+    hooks = {id(layer): hook for layer in find_adapter_layers(model) for _, hook in find_hooks(layer)}
+    for layer in find_adapter_layers(model):
+        device = getattr(hooks.get(id(layer)), "execution_device", None)
+        if device is not None and isinstance(layer, BaseTunerLayer):
+            layer._move_adapter_to_device_of_base_layer(adapter_name, torch.device(device))
+    for key, parameter in model.named_parameters():
+        if _is_of_adapter(key, adapter_name):
+            name = name_on_disk(key.replace(f".{adapter_name}", "", 1))
+            if name not in tensors:
+                raise _wrong_tensors(saved, name)
+            parameter.data.copy_(tensors.pop(name))
+    if tensors:
+        raise _wrong_tensors(saved, min(tensors))
+    if not is_trainable:
+        model.eval()
+        for layer in find_adapter_layers(model):
+            layer.requires_grad_(False)
+    return LoadStateDictInfo(set(), set(), set(), error_msgs=[], conversion_errors={})
+
+
+def check_finite(saved: SavedAdapter, model: nn.Module, adapter_name: str) -> None:
+    """
+    Makes sure that the adapter's weights are finite in the precision that they have in the model.
+
+    Raises:
+        ValueError: One is not; a number of the file may be too large for it.
+    """
+    for key, parameter in model.named_parameters():
+        if _is_of_adapter(key, adapter_name) and not parameter.isfinite().all():
+            raise ValueError(
+                f"`adapter` must have weights that are finite in {str(parameter.dtype).removeprefix('torch.')}, got "
+                f"others in {key!r} of {saved.source}. Its training diverged, or it needs a wider precision."
+            )
 
 
 def _is_of_adapter(key: str, adapter_name: str) -> bool:

@@ -294,7 +294,7 @@ class AdapterStore:
             )
         self._check_base(saved)
         key = _describe_config(saved)
-        header, fields = read_fields(paths[1], saved.tensors)
+        header, fields = read_fields(paths[1], saved.header)
         if key not in self._tables:
             self._add_table(key, saved, len(header))
         table = self._tables[key]

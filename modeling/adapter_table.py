@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .adapter_files import ADAPTER_WEIGHTS_NAME, SavedAdapter, name_on_disk
+from .adapter_files import ADAPTER_WEIGHTS_NAME, SavedAdapter, TensorHeader, name_on_disk
 from .files import PENDING_FOLDER
 
 CONFIG_NAME = "adapter_config.json"
@@ -77,13 +77,15 @@ def _describe(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_fields(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, Field]]:
+def read_fields(
+    path: str | Path, tensors: Mapping[str, torch.Tensor | TensorHeader]
+) -> tuple[bytes, dict[str, Field]]:
     """
     Returns the first bytes of a file of weights, up to the first tensor, and where the tensors lie behind them.
 
     Args:
         path: A file that safetensors has read, and so found to be whole.
-        tensors: What it has read.
+        tensors: What it has read, or the types and shapes of that.
     """
     with open(path, "rb") as file:
         length = file.read(LENGTH_BYTES)

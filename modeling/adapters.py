@@ -43,11 +43,12 @@ from .adapter_config import (
     SPEECH_ADAPTER,
     SpeechAdapterConfig,
 )
-from .adapter_files import ADAPTER_WEIGHTS_NAME, name_on_disk, save_adapter
+from .adapter_files import ADAPTER_WEIGHTS_NAME, locate_base, name_on_disk, save_adapter
 from .adapter_layer import SpeechAdapterLayer
 from .adapter_loading import load_speech_adapter
 from .fingerprint import check_fingerprints, find_version, fingerprint_base
 from .frame_lengths import FrameLengths
+from .module_patterns import bounded_patterns
 
 __all__ = [
     "ADAPTER_WEIGHTS_NAME",
@@ -105,16 +106,24 @@ class SpeechAdapterModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.base_fingerprint is not None:
             ours = fingerprint_base(model, find_version(config.base_fingerprint))
-            try:
+            with self._forgotten_on_error(adapter_name):
                 check_fingerprints(config.base_fingerprint, ours, repr(adapter_name))
-            except ValueError:
-                del self.peft_config[adapter_name]  # the model's own, which has it already
-                raise
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.base_model_name_or_path = locate_base(config.base_model_name_or_path)
+        with self._forgotten_on_error(adapter_name), bounded_patterns(config, model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         for name, layer in model.named_modules():
             if isinstance(layer, SpeechAdapterLayer) and layer.needs_frame_lengths and layer.frame_lengths is None:
                 layer.frame_lengths = FrameLengths()
                 layer.frame_lengths.follow(model, name)
+
+    @contextmanager
+    def _forgotten_on_error(self, adapter_name: str):
+        """A model that has adapters has noted the configuration already."""
+        try:
+            yield
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, **_kwargs) -> None:
         if isinstance(target, SpeechAdapterLayer):
@@ -158,6 +167,7 @@ class SpeechAdapterMixin:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             super().add_adapter(adapter_config, check_adapter_name(adapter_name))
+        adapter_config.base_model_name_or_path = locate_base(adapter_config.base_model_name_or_path)
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """

@@ -60,7 +60,7 @@ def list_base_weights(model: nn.Module) -> list[BaseWeight]:
     has taken a part from (PiSSA, OLoRA and the like) cannot be had.
     """
     model = find_base(model)
-    hooks = _list_hooks(model)
+    hooks = find_hooks(model)
     changed = _find_changed_layers(model)
     owned = [
         (f"{prefix}.{name}" if prefix else name, module, name, value, is_parameter)
@@ -140,7 +140,8 @@ def _find_reader(
     return value.detach if is_whole else None
 
 
-def _list_hooks(model: nn.Module) -> list[tuple[str, object]]:
+def find_hooks(model: nn.Module) -> list[tuple[str, object]]:
+    """Returns accelerate's hooks that keep weights outside of `model`, each with its module's name."""
     return [(name, hook) for name, module in model.named_modules() for hook in _offloading_hooks(module)]
 
 
@@ -180,7 +181,18 @@ def read_offloaded(model: nn.Module, name: str) -> torch.Tensor:
     Raises:
         ValueError: It keeps no such weight.
     """
-    return _read_offloaded(name, _list_hooks(model))
+    return _read_offloaded(name, find_hooks(model))
+
+
+def find_device(model: nn.Module) -> torch.device:
+    """Returns where `model` runs; where all of it is offloaded, that is not where its first parameter is."""
+    devices = {parameter.device for parameter in model.parameters()}
+    device = next(iter(parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    hooks = find_hooks(model)
+    places = [torch.device(hook.execution_device) for _, hook in hooks if hook.execution_device is not None]
+    return places[0] if places else next((place for place in devices if place.type != "meta"), device)
 
 
 def changes_base(config: object) -> bool:

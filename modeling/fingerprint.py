@@ -17,8 +17,8 @@ Names of parameters are in none of them. `tensors` is base64 of records of 19 by
 
     form      1 byte     0: not known, 1: fp32, bf16, integers and other exact ones, 2: fp16, 3: quantised
     numel     4 bytes    number of values, at most 2^32 - 1
-    digest    4 bytes    of the values rounded to bf16
-    rms       4 bytes    fp32: root of the mean square of the values of at most 128 rows
+    digest    4 bytes    of the values rounded to bf16, of fp16 as they are
+    rms       4 bytes    fp32: root of the mean square of the values of at most 64 rows
     sketch    3 x 2      fp16: the same rows times random signs, divided by their norm
 
 Two weights of form 1 are the same if their digests are: fp32 and bf16 of one checkpoint have one digest. What has been
@@ -62,7 +62,7 @@ RECORD = struct.Struct("<BI4sf3e")
 EMPTY_RECORD = RECORD.pack(UNKNOWN, 0, b"", 0, 0, 0, 0)
 NUM_SIGNS = 3
 PIECE_VALUES = 1 << 20  # values that are rounded at once
-SKETCHED_ROWS = 128
+SKETCHED_ROWS = 64
 # Relative change that rounding leaves in a sketch: fp16 against bf16 or fp32 up to 0.1 %, and the sketch's own 0.05 %;
 # NF4 and FP4 9 to 12 %, the less regularly the fewer values there are.
 HALF_TOLERANCE = 0.003
@@ -198,14 +198,14 @@ def record_pieces(shape: tuple[int, ...], pieces: Iterable[torch.Tensor], *, is_
         if piece.is_complex():
             piece = torch.view_as_real(piece).flatten(1)
         form = HALF if piece.dtype == torch.float16 else EXACT
-        rounded = piece.to(torch.bfloat16) if piece.is_floating_point() else piece
+        rounded = piece.to(torch.bfloat16) if piece.is_floating_point() and form == EXACT else piece
         digest.update(sum_blocks(rounded).cpu().numpy().tobytes())
         rows = sketched[(sketched >= begin) & (sketched < begin + len(piece))]
         part = piece[(rows - begin).to(piece.device)].float()
         signs = _make_signs("columns", part.shape[1]).to(part.device)
         products = (part @ signs).double().cpu() * _make_signs("rows", num_rows)[rows]
         sketch += products.sum(0)
-        squares += float(part.double().square().sum())
+        squares += float(torch.linalg.vector_norm(part)) ** 2
         begin += len(piece)
     norm = math.sqrt(squares)
     num_sketched = max(len(sketched) * num_columns, 1)

@@ -283,3 +283,38 @@ def test_a_model_of_several_parts_is_not_probed_with_one_of_them(whisper, monkey
     monkeypatch.setattr(whisper.config, "model_type", "two_parts")
     monkeypatch.setattr(type(whisper.config), "sub_configs", {"text_config": object, "audio_config": object})
     assert make_probe_inputs(whisper) is None
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-3])
+def test_noise_of_the_base_is_no_effect_of_a_dead_adapter(whisper, tmp_path, size):
+    whisper.model.unused = torch.nn.Linear(16, 16)
+    save_whisper_adapter(whisper, tmp_path, r"model\.unused")
+    whisper.proj_out.register_forward_hook(lambda _module, _args, output: output + size * torch.randn_like(output))
+    with pytest.raises(ValueError, match="`adapter` must act on the model, got 'room', with and without which"):
+        load_speech_adapter(whisper, str(tmp_path), "room")
+
+
+def test_an_adapter_that_acts_passes_beside_noise_of_the_base(whisper, tmp_path):
+    save_whisper_adapter(whisper, tmp_path, r"model\.decoder\.layers\.0\.fc2")
+    whisper.proj_out.register_forward_hook(lambda _module, _args, output: output + 1e-6 * torch.randn_like(output))
+    load_speech_adapter(whisper, str(tmp_path), "room")
+    assert find_active_adapters(whisper) == ["room"]
+
+
+def test_nan_is_no_effect(whisper, tmp_path):
+    save_whisper_adapter(whisper, tmp_path, r"model\.decoder\.layers\.0\.fc2")
+    whisper.model.decoder.layers[0].fc2.register_forward_hook(lambda _module, _args, output: output * float("nan"))
+    with pytest.raises(ValueError, match="`model` must say numbers, got NaN from the base without 'room'"):
+        load_speech_adapter(whisper, str(tmp_path), "room")
+    assert not hasattr(whisper, "peft_config")
+
+
+def test_an_adapter_with_which_the_model_says_nan_is_refused(whisper, tmp_path):
+    save_whisper_adapter(whisper, tmp_path, r"model\.decoder\.layers\.0\.fc2")
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS_NAME)
+    for tensor in tensors.values():
+        tensor.fill_(3e38)  # finite, and no sum of it is
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="`adapter` must let the model say numbers, got NaN with 'room'"):
+        load_speech_adapter(whisper, str(tmp_path), "room")
+    assert not hasattr(whisper, "peft_config")
