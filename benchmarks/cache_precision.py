@@ -80,7 +80,7 @@ def main() -> None:
     ]
     table = summarize(rows)
     print(table)
-    store_result("cache_precision_fsdd", rows, table)
+    store_result("cache_precision_fsdd", rows, table, source=__file__)
 
 
 if __name__ == "__main__":

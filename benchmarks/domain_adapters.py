@@ -99,7 +99,7 @@ def main() -> None:
         rows = measure(table, dataset=arguments.dataset, base=base, folder=arguments.output_dir)
         text = summarize(table, rows)
         print(text)
-        store_result(f"domain_adapters_{table}", rows, text)
+        store_result(f"domain_adapters_{table}", rows, text, source=__file__)
 
 
 if __name__ == "__main__":

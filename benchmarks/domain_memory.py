@@ -28,7 +28,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
-from benchmarks.results_file import RESULTS_FOLDER, store_result
+from benchmarks.results_file import RESULTS_FOLDER, keep_row, store_result
 from benchmarks.training_memory import PeakMemory
 from modeling.adapter_config import PRESETS
 from recipes.audio_tower import find_family, find_tower, run_tower
@@ -336,13 +336,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row, dtype = runs[0]
         print(json.dumps(measure(row, options.config, dtype, **flags)))
         return
-    rows = []
+    rows, name = [], f"domain_memory_{options.config}_{options.device}"
     for row, dtype in runs:
-        rows.append(measure_apart(row, dtype, options))
+        rows.append(keep_row(name, measure_apart(row, dtype, options), folder=options.results_folder))
         print(json.dumps(rows[-1]), flush=True)
     table = summarize(rows)
     print(table)
-    store_result(f"domain_memory_{options.config}_{options.device}", rows, table, folder=options.results_folder)
+    store_result(name, rows, table, source=__file__, folder=options.results_folder)
 
 
 if __name__ == "__main__":

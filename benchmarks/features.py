@@ -8,12 +8,13 @@ Slaney filters) of the same speech in room noise, in turn.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import librosa
 import numpy as np
 
-from benchmarks.results_file import RESULTS_FOLDER, store_result
+from benchmarks.results_file import RESULTS_FOLDER, keep_row, store_result
 from benchmarks.timing import MIN_SAMPLE_SECONDS, Timing, alternate
 from data.audio import SAMPLING_RATE
 from data.synthesis import ORDINARY_VOICES, list_sentences, synthesize
@@ -119,10 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     repeats, min_sample_s = options.repeats, MIN_SAMPLE_SECONDS
     if options.quick:
         cases, repeats, min_sample_s = [(1, 1), (1, 2)], 1, 0.0
-    rows = [measure(seconds, batch, repeats=repeats, min_sample_s=min_sample_s) for seconds, batch in cases]
+    keep = partial(keep_row, "features", folder=options.results_folder)
+    rows = [keep(measure(seconds, batch, repeats=repeats, min_sample_s=min_sample_s)) for seconds, batch in cases]
     table = summarize(rows)
     print(table)
-    store_result("features", rows, table, folder=options.results_folder)
+    store_result("features", rows, table, source=__file__, folder=options.results_folder)
 
 
 if __name__ == "__main__":

@@ -199,9 +199,9 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Te
 
 
 def pad_cached(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """Returns the arguments of [`PaddedHead`] for cached utterances."""
+    """Returns the arguments of [`PaddedHead`], which is in fp32, for cached utterances of any precision."""
     states = {
-        name: pad_sequence([example["states"][name] for example in examples], batch_first=True)
+        name: pad_sequence([example["states"][name] for example in examples], batch_first=True).float()
         for name in examples[0]["states"]
     }
     return {

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from benchmarks.personal_loops import (
     run_padded_epoch,
     run_prefix,
 )
-from benchmarks.results_file import RESULTS_FOLDER, store_result
+from benchmarks.results_file import RESULTS_FOLDER, keep_row, store_result
 from benchmarks.timing import MIN_SAMPLE_SECONDS, Timing, alternate, gemm_flops, judge_bf16
 from benchmarks.training_memory import measure_memory
 from data.feature_cache import CachedUtterances
@@ -46,6 +47,8 @@ from modeling.modeling_deepspeech2 import get_output_lengths
 from recipes.report import format_table
 from recipes.trainer import AdapterTrainer
 
+NAME = "personal_training"
+PRECISIONS = ("fp32", "bf16")
 KINDS, VOCAB_SIZES = ("replacement", "mlp"), (2000, 30)
 EPOCHS, MORE_EPOCHS = 10, 50
 GOAL_PASSES = {2000: 2.0, 30: 1.5}
@@ -85,6 +88,19 @@ class Case:
         self.cached = self.build()
         self.head, self.optimizer = make_head(self.base, sizes)
         self.trainer = self.make_trainer()
+        self.check_precision()
+
+    def check_precision(self) -> None:
+        """
+        Makes sure that what is measured has the precision that it is named by.
+
+        Raises:
+            ValueError: The cache or the Trainer, which a launcher can overrule, has another.
+        """
+        had = (str(self.cached.caches[0].dtype), self.trainer.accelerator.mixed_precision)
+        wanted = {"fp32": ("torch.float32", "no"), "bf16": ("torch.bfloat16", "bf16")}[self.precision]
+        if had != wanted:
+            raise ValueError(f"`precision` must be {wanted} of cache and Trainer, got {had}. Launch it plainly.")
 
     def build(self) -> CachedUtterances:
         """Builds the cache anew and returns the cached utterances."""
@@ -302,6 +318,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="Kinds of adapters.")
     parser.add_argument("--vocab_sizes", nargs="+", type=int, default=VOCAB_SIZES, help="Numbers of classes.")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, help="Default: fp32, and bf16 where its products are fast."
+    )
     parser.add_argument("--num_hidden_layers", type=int, help="Recurrent layers of the base. Default: 5.")
     parser.add_argument("--num_utterances", type=int, help="Utterances of the speaker. Default: 128.")
     parser.add_argument("--repeats", type=int, default=3, help="Undisturbed samples of each function.")
@@ -323,12 +342,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gemm = {"size": 64, "seconds": 0.01} if options.quick else {}
     rates = {"fp32": gemm_flops(torch.float32, **gemm), "bf16": gemm_flops(torch.bfloat16, **gemm)}
     has_bf16, bf16 = judge_bf16(rates["bf16"] / rates["fp32"])
+    precisions = options.precisions or (PRECISIONS if has_bf16 else PRECISIONS[:1])
+    keep = partial(keep_row, NAME, folder=options.results_folder)
     with tempfile.TemporaryDirectory() as folder:
         rows = [
-            measure_case(Case(sizes, kind, vocab_size, precision, Path(folder)), rates, **timing)
+            keep(measure_case(Case(sizes, kind, vocab_size, precision, Path(folder)), rates, **timing))
             for kind in options.kinds
             for vocab_size in options.vocab_sizes
-            for precision in (("fp32", "bf16") if has_bf16 else ("fp32",))
+            for precision in precisions
         ]
         factors, num_steps = (MEMORY_FACTORS[:1], 2) if options.quick else (MEMORY_FACTORS, MEMORY_STEPS)
         memory = [
@@ -339,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     table = summarize(rows, memory, bf16)
     print(table)
-    store_result("personal_training", [*rows, *memory], table, folder=options.results_folder)
+    store_result(NAME, [*rows, *memory], table, source=__file__, folder=options.results_folder)
 
 
 if __name__ == "__main__":

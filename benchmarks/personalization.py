@@ -114,7 +114,7 @@ def main() -> None:
         rows += measure_speaker(arguments.dataset, speaker, others, arguments.output_dir)
     table = summarize(rows)
     print(table)
-    store_result("personalization_fsdd", rows, table)
+    store_result("personalization_fsdd", rows, table, source=__file__)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None, *, results_folder: str | Path =
     table = summarize(rows)
     print(table)
     name = "synthetic" if options.dataset == "synthetic" else "fsdd"
-    store_result(f"robustness_{name}", rows, table, folder=results_folder)
+    store_result(f"robustness_{name}", rows, table, source=__file__, folder=results_folder)
 
 
 if __name__ == "__main__":

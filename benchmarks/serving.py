@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.results_file import RESULTS_FOLDER, store_result
+from benchmarks.results_file import RESULTS_FOLDER, keep_row, store_result
 from benchmarks.timing import MIN_SAMPLE_SECONDS, Timing, alternate, copy_bytes_per_s, gemm_flops
 from modeling import AdapterStore, DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from modeling.adapters import is_adapter_parameter, save_adapter
@@ -204,13 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             adapter_bytes = write_adapters(settings, kind, names, Path(folder))
-            rows.append(measure_rows(settings, kind, names, Path(folder), **timing))
+            row = measure_rows(settings, kind, names, Path(folder), **timing)
+            rows.append(keep_row("serving", row, folder=options.results_folder))
             if kind == KINDS[0]:
                 activation = measure_activation(settings, names, Path(folder), adapter_bytes, **timing)
     limits = {"flops": gemm_flops(torch.float32, **product), "copy_bytes_per_s": copy_bytes_per_s(**copied)}
     table = summarize(rows, activation, limits)
     print(table)
-    store_result("serving", [*rows, activation, limits], table, folder=options.results_folder)
+    store_result("serving", [*rows, activation, limits], table, source=__file__, folder=options.results_folder)
 
 
 if __name__ == "__main__":

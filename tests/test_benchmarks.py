@@ -24,8 +24,8 @@ from benchmarks.personal_loops import (
     run_original_epoch,
     run_padded_epoch,
 )
-from benchmarks.personal_training import count_adapter_flops, count_padded, count_pass_flops
-from benchmarks.results_file import store_result
+from benchmarks.personal_training import Case, count_adapter_flops, count_padded, count_pass_flops
+from benchmarks.results_file import digest_source, store_result
 from benchmarks.training_memory import PeakMemory, measure_memory
 from data.asr import count_ctc_frames
 from data.feature_cache import PackedCollator
@@ -176,9 +176,12 @@ def test_features_of_ours_are_librosas(tmp_path, capsys):
 
 
 def test_personal_training_is_measured_against_its_peers_and_limits(tmp_path, capsys):
-    options = ["--kinds", "replacement", "--vocab_sizes", "30", "--quick", "--results_folder", str(tmp_path)]
-    personal_training.main(options)
-    row, memory = json.loads((tmp_path / "personal_training.json").read_text())["rows"][-2:]
+    options = ["--kinds", "replacement", "mlp", "--precisions", "fp32", "bf16", "--vocab_sizes", "30", "--quick"]
+    personal_training.main([*options, "--results_folder", str(tmp_path)])
+    *rows, memory = json.loads((tmp_path / "personal_training.json").read_text())["rows"]
+    cases = [(kind, precision) for kind in ("replacement", "mlp") for precision in ("fp32", "bf16")]
+    assert [(row["kind"], row["precision"]) for row in rows] == cases
+    row = rows[-1]
 
     assert row["frames"]["adapter"] == 1.0
     assert row["frames"]["peer"] >= row["frames"]["pass"] > 1.0
@@ -202,9 +205,52 @@ def test_fewer_layers_make_a_smaller_base():
 
 
 def test_results_are_stored_with_machine_and_table(tmp_path):
-    store_result("speed", [{"seconds": 1.5}], "| seconds |", folder=tmp_path)
+    store_result("speed", [{"seconds": 1.5}], "| seconds |", source=features.__file__, folder=tmp_path)
     stored = json.loads((tmp_path / "speed.json").read_text())
+
+    assert stored["machine"]["source"] == "features.py"
+    assert stored["machine"]["source_digest"] == digest_source(features.__file__) != digest_source(__file__)
 
     assert stored["rows"] == [{"seconds": 1.5}]
     assert stored["machine"]["threads"] == torch.get_num_threads()
     assert (tmp_path / "speed.md").read_text().startswith("| seconds |\n\nprocessor ")
+
+
+def test_a_digest_is_of_the_benchmark_and_of_what_it_imports_from_its_folder(tmp_path):
+    benchmark = tmp_path / "benchmark.py"
+    digests = set()
+    for text in (
+        "x = 1\n",
+        "x = 2\n",
+        "from benchmarks.timing import alternate\n",
+        "from benchmarks.timing  import a\n",
+    ):
+        benchmark.write_text(text)
+        digests.add(digest_source(benchmark))
+    assert len(digests) == 4
+
+
+def test_rows_are_kept_as_they_are_measured_and_replaced_by_the_result(tmp_path, monkeypatch):
+    options = ["--quick", "--results_folder", str(tmp_path)]
+    measure = features.measure
+
+    def fail_at_the_second(seconds, batch, **timing):
+        if batch == 2:
+            raise RuntimeError("killed")
+        return measure(seconds, batch, **timing)
+
+    monkeypatch.setattr(features, "measure", fail_at_the_second)
+    with pytest.raises(RuntimeError, match="killed"):
+        features.main(options)
+    (row,) = map(json.loads, (tmp_path / "features.rows.jsonl").read_text().splitlines())
+    assert (row["clip_seconds"], row["batch"]) == (1, 1)
+    assert row["ours_ms"] > 0
+    monkeypatch.undo()
+    features.main(options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.json", "features.md"]
+
+
+def test_a_precision_that_a_launcher_overrules_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"`precision` must be \('torch.float32', 'no'\) .*, got .*'bf16'"):
+        Case(QUICK_SIZES, "mlp", VOCAB_SIZE, "fp32", tmp_path)
