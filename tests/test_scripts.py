@@ -111,12 +111,11 @@ def test_the_language_decides_where_unicode_alone_cannot(language, text, normali
 def test_normalising_twice_changes_nothing_in_every_script():
     rows = [code for code in range(0x3400) if unicodedata.category(chr(code)) != "Cn"]
     rows += [*range(0xA640, 0xA700), *range(0xFB00, 0x10000), *range(0x1D400, 0x1D420), *range(0x1F000, 0x1F700)]
-    for code in rows:
-        once = normalize_text(
-            f"a{chr(code)}b {chr(code)}'{chr(code)} l{chr(code)}l क्{chr(code)}ष ש{chr(code)}ב σ{chr(code)}Σ"
-        )
-        assert normalize_text(once) == once, hex(code)
-        assert unicodedata.is_normalized("NFC", once), hex(code)
+    for start in range(0, len(rows), 64):
+        letters = map(chr, rows[start : start + 64])
+        once = normalize_text(" ".join(f"a{x}b {x}'{x} l{x}l क्{x}ष ש{x}ב σ{x}Σ" for x in letters))
+        assert normalize_text(once) == once, hex(rows[start])
+        assert unicodedata.is_normalized("NFC", once), hex(rows[start])
 
 
 def test_transcripts_of_the_demo_and_of_digits_are_what_they_were():
