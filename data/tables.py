@@ -109,7 +109,7 @@ def _read_json(file: io.TextIOBase) -> Iterator[dict[str, object]]:
 
 
 def _read_delimited(file: io.TextIOBase, suffix: str) -> Iterator[dict[str, object]]:
-    line = next(file, "")
+    line = next((line for line in file if line.strip()), "")
     if separator := SEPARATOR_LINE.fullmatch(line.strip()):
         delimiter, line = separator[1], next(file, "")
     else:
@@ -118,19 +118,29 @@ def _read_delimited(file: io.TextIOBase, suffix: str) -> Iterator[dict[str, obje
         raise csv.Error("NUL characters, as of UTF-16 without a byte order mark: `iconv -f UTF-16LE -t UTF-8`")
     lines = chain([line] if line else [], file)
     rows = _split_lines(lines, delimiter) if delimiter in "\t|" else _split_csv(lines, delimiter)
-    header = [name.strip() for name in next(rows, [])]
+    header = _strip_empty(next(rows, []))
     if delimiter == "|" and not _has_audio_column(header):
         yield from _read_without_header(chain([header], rows))
         return
     if repeated := [name for name, count in Counter(header).items() if count > 1]:
         raise csv.Error(f"several columns {repeated[0]!r}; name each differently")
     for number, cells in enumerate(rows, start=1):
+        if len(cells) > len(header) and not any(cells[len(header) :]):
+            cells = cells[: len(header)]
         if len(cells) != len(header):
             raise csv.Error(
                 f"a row whose number of cells is not the header's: row {number} has {len(cells)}, not {len(header)}, "
                 f"split at {delimiter!r}: {cells}; put a text that holds {delimiter!r} in quotes"
             )
         yield dict(zip(header, cells, strict=True))
+
+
+def _strip_empty(header: Sequence[str]) -> list[str]:
+    """Returns the names of columns without the empty ones at the end, which a spreadsheet leaves there."""
+    names = [name.strip() for name in header]
+    while names and not names[-1]:
+        names.pop()
+    return names
 
 
 def _find_delimiter(header: str, default: str) -> str:

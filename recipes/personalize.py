@@ -54,7 +54,7 @@ def plan_model(arguments: tuple) -> PreTrainedModel:
     speakers = personal_args.speaker_id
     if speakers == [ALL_SPEAKERS]:
         corpus = load_split(corpus_args, corpus_args.train_split, required_columns=("speaker_id",))
-        speakers = set(corpus["speaker_id"][:])
+        speakers = corpus.unique("speaker_id")
     for number in range(min(len(speakers), personal_args.speakers_per_stack)):
         name = f"{ADAPTER_NAME}_{number}"
         if personal_args.init_adapter:

@@ -68,6 +68,16 @@ def test_a_corpus_without_speakers_is_scored_as_a_whole(tiny_base, corpus, capsy
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["speaker", "overall"]
 
 
+def test_the_training_split_is_warned_of_and_text_stands_in_the_named_column(tiny_base, corpus, tmp_path, caplog):
+    rows = (corpus / "metadata.csv").read_text().replace("text,split", "said,split").replace(",test", ",train")
+    (corpus / "metadata.csv").write_text(rows)
+    output = tmp_path / "out.json"
+    main(["--model_name_or_path", tiny_base, "--dataset", str(corpus), "--split", "train", "--text_column", "said"]
+         + ["--output_file", str(output)])  # fmt: skip
+    assert json.loads(output.read_text())["overall"]["words"] == 8
+    assert "`split` is 'train', which recipes train on: such scores say nothing of new speech." in caplog.text
+
+
 def test_beam_search_finds_words_of_the_list_alone(tiny_base, corpus, tmp_path):
     (tmp_path / "words.txt").write_text("go\nstop\n", encoding="utf-8")
     output = tmp_path / "out.json"

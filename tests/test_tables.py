@@ -31,6 +31,14 @@ def test_excel_s_line_that_names_the_separator_is_no_header(tmp_path):
     assert list(read_table(tmp_path / "rows.csv")) == EXPECTED
 
 
+def test_empty_columns_and_lines_that_a_spreadsheet_leaves_are_passed_over(tmp_path):
+    (tmp_path / "rows.csv").write_text("\npath;text;;\na.wav;go on;;\n\nb.wav;stop;;\n")
+    assert list(read_table(tmp_path / "rows.csv")) == EXPECTED
+    (tmp_path / "rows.csv").write_text("path;text;;\na.wav;go on;;x\n")
+    with pytest.raises(ValueError, match="row 1 has 4, not 2, split at ';'"):
+        list(read_table(tmp_path / "rows.csv"))
+
+
 def test_quotes_in_a_tsv_are_characters(tmp_path):
     texts = ['"go', "on", '"stop', 'say "hi"', '"never"', '"she said ""go"""']
     (tmp_path / "rows.tsv").write_text("path\ttext\n" + "".join(f"{text[-1]}.wav\t{text}\n" for text in texts))
