@@ -8,8 +8,10 @@ inert [`LegacyModule`]; every other name ends the reading.
 import pickle
 import tarfile
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -29,6 +31,9 @@ KOSPEECH_NAMES = {
     "classifier.1.": "fc.1.linear.",
 }
 NUM_NAMED = 12  # names that an error message lists
+MAX_SHOWN = 300  # characters of a file's content in a message
+MAX_ITEMS = 1_000_000  # of containers that a pickle makes of others
+MAX_SHARING = 4  # tensors over one memory
 
 
 class RefusedGlobalError(ValueError):
@@ -83,36 +88,75 @@ def _take_parameter(data: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 GLOBALS: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor_v2": TensorMaker(_view_storage),
     "torch._utils._rebuild_tensor": TensorMaker(_view_storage),
     "torch._utils._rebuild_parameter": TensorMaker(_take_parameter),
-    "torch.Size": torch.Size,
     "torch.device": torch.device,
+}
+CONTAINERS = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": torch.Size,
     **{f"builtins.{kind.__name__}": kind for kind in (dict, list, set, tuple)},
 }
 
 
+class _RestrictedUnpickler(pickle._Unpickler):
+    """
+    Takes the names above, and as much memory as the file has bytes.
+
+    The unpickler of the standard library that is written in Python: the one in C takes memory for the number that a
+    pickle gives to an object, whatever it is.
+    """
+
+    path: Path
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._num_items, self._storages = 0, {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        # Pickles of protocol 2 have Python 2's name of this module.
+        full_name = f"{'builtins' if module == '__builtin__' else module}.{name}"
+        if full_name in GLOBALS:
+            return GLOBALS[full_name]
+        if full_name in CONTAINERS:
+            return TensorMaker(partial(self._make_container, CONTAINERS[full_name]))
+        if module in STAND_IN_PACKAGES or module.startswith(tuple(f"{name}." for name in STAND_IN_PACKAGES)):
+            return LegacyModule
+        raise RefusedGlobalError(
+            f"`{self.path}` must hold tensors and layers of torch or KoSpeech only, got the global "
+            f"{full_name[:MAX_SHOWN]!r}. Nothing of it was run; use a file from a source that you trust."
+        )
+
+    def _make_container(self, kind: type, *args: Any) -> Any:
+        self._num_items += sum(len(arg) for arg in args)
+        if self._num_items > MAX_ITEMS:
+            raise ValueError(f"copies of more than {MAX_ITEMS} items")
+        return kind(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "persistent_load":  # torch's function, which makes a storage of as many bytes as it is told
+            value = partial(self._load_storage, value)
+        super().__setattr__(name, value)
+
+    def _load_storage(self, load: Callable, identity: Any) -> Any:
+        if isinstance(identity, tuple) and len(identity) > 4 and identity[0] == "storage":
+            _, kind, key, _, numel, *_ = identity
+            self._storages[key] = numel * torch._utils._element_size(kind.dtype)
+            asked, has = sum(self._storages.values()), self.path.stat().st_size
+            if asked > has:
+                raise ValueError(f"storages of {asked} bytes in a file of {has}")
+        return load(identity)
+
+
 def _make_pickle_module(path: Path) -> SimpleNamespace:
     """Returns what `torch.load` needs of a pickle module, restricted to the names above."""
-
-    class RestrictedUnpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            # Pickles of protocol 2 have Python 2's name of this module.
-            full_name = f"{'builtins' if module == '__builtin__' else module}.{name}"
-            if full_name in GLOBALS:
-                return GLOBALS[full_name]
-            if module in STAND_IN_PACKAGES or module.startswith(tuple(f"{name}." for name in STAND_IN_PACKAGES)):
-                return LegacyModule
-            raise RefusedGlobalError(
-                f"`{path}` must hold tensors and layers of torch or KoSpeech only, got the global {full_name!r}. "
-                "Nothing of it was run; use a file from a source that you trust."
-            )
+    unpickler = type("RestrictedUnpickler", (_RestrictedUnpickler,), {"path": path})
 
     def load(file: BinaryIO, **kwargs) -> Any:
-        return RestrictedUnpickler(file, **kwargs).load()
+        return unpickler(file, **kwargs).load()
 
-    return SimpleNamespace(__name__="restricted_pickle", Unpickler=RestrictedUnpickler, load=load)
+    return SimpleNamespace(__name__="restricted_pickle", Unpickler=unpickler, load=load)
 
 
 def _check_is_plain_checkpoint(path: Path) -> None:
@@ -123,6 +167,8 @@ def _check_is_plain_checkpoint(path: Path) -> None:
         raise ValueError(f"`{path}` must be written by `torch.save`, got a tar archive..")
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
+    if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(path).infolist()):
+        raise ValueError(f"`{path}` must be written by `torch.save`, got a compressed archive.")
     if is_zip and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
         raise ValueError(f"`{path}` must hold weights, got a TorchScript program. Save its `state_dict()` instead.")
 
@@ -150,7 +196,9 @@ def read_legacy_pickle(path: str | Path) -> Any:
     except RefusedGlobalError:
         raise
     except Exception as error:  # a damaged pickle raises anything
-        raise ValueError(f"`{path}` must be a whole file of `torch.save`, got one that fails: {error}") from error
+        raise ValueError(
+            f"`{path}` must be a whole file of `torch.save`, got one that fails: {str(error)[:MAX_SHOWN]}"
+        ) from error
 
 
 def _iterate_tensors(root: LegacyModule) -> Iterator[tuple[str, torch.Tensor]]:
@@ -206,8 +254,20 @@ def find_state_dict(checkpoint: Any) -> dict[str, torch.Tensor]:
         )
     if all(name.startswith(DATA_PARALLEL_PREFIX) for name in state):
         state = {name.removeprefix(DATA_PARALLEL_PREFIX): value for name, value in state.items()}
+    _check_size(state)
     # Copies, because the weights of a recurrent layer may be views of one storage.
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+
+
+def _check_size(state: Mapping[str, torch.Tensor]) -> None:
+    """Makes sure that copies of the tensors, which may be views of one memory, do not take many times as much."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+    asked, has = sum(tensor.nbytes for tensor in state.values()), sum(storages.values())
+    if asked > MAX_SHARING * has:
+        raise ValueError(
+            f"A checkpoint must not use its weights more than {MAX_SHARING} times, got tensors of {asked} bytes over "
+            f"{has} stored ones. Fetch the file from a source that you trust."
+        )
 
 
 def load_legacy_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
@@ -259,7 +319,7 @@ def get_adapter_shapes(widths: Sequence[int]) -> dict[str, torch.Size]:
 def list_names(names: Sequence[str]) -> str:
     """Returns the first names of a list, for a message."""
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return (", ".join(names[:NUM_NAMED]) or "none") + more
+    return (", ".join(name[:MAX_SHOWN] for name in names[:NUM_NAMED]) or "none") + more
 
 
 def check_tensors(

@@ -26,7 +26,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 MODEL_CONFIG_NAME = "config.json"
 # Entries of a configuration in which adapters that can be averaged may differ.
 FREE_ENTRIES = {"base_model_name_or_path", "revision", "dropout", "lora_dropout", "inference_mode", "base_fingerprint"}
-FREE_ENTRIES |= {"base_mismatch_allowed", "init_lora_weights", "peft_version"}
+FREE_ENTRIES |= {"auto_mapping", "base_mismatch_allowed", "init_lora_weights", "peft_version"}
+MAX_CONFIG_BYTES = 1 << 20  # as in modeling/adapter_files.py
 COLUMNS = ("name", "kind", "hidden sizes", "KiB", "saved", "base")
 
 
@@ -46,10 +47,12 @@ def list_adapters(store: Path) -> list[dict[str, str]]:
 
 def _describe_briefly(folder: Path) -> dict[str, str]:
     try:
+        if (folder / CONFIG_NAME).stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError("it is too large")
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         status = (folder / WEIGHTS_NAME).stat()
         kind = config.get("kind") or config["peft_type"].lower()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # One damaged adapter must not hide the others.
         return dict.fromkeys(COLUMNS, "") | {"name": folder.name, "kind": f"damaged ({type(error).__name__})"}
     sizes = "-".join(map(str, config.get("hidden_sizes") or ()))
@@ -174,7 +177,7 @@ def merge_adapters(folders: Sequence[Path], output_dir: Path, weights: Sequence[
     }
     mean = {name: tensor.to(states[0][name].dtype).contiguous() for name, tensor in mean.items()}
     with write_whole(output_dir) as scratch:
-        (scratch / WEIGHTS_NAME).write_bytes(save(mean, metadata={"format": "pt"}))
+        (scratch / WEIGHTS_NAME).write_bytes(save(mean, metadata=adapters[0].file.metadata() or {"format": "pt"}))
         shutil.copyfile(folders[0] / CONFIG_NAME, scratch / CONFIG_NAME)
 
 
@@ -188,6 +191,8 @@ def _check_weights(weights: Sequence[float] | None, num_adapters: int) -> list[f
 
 
 def _check_alike(adapters: "Sequence[SavedAdapter]") -> None:
+    from modeling.fingerprint import find_version, list_differences
+
     first, *others = adapters
     for other in others:
         ours, theirs = first.config.to_dict(), other.config.to_dict()
@@ -199,12 +204,16 @@ def _check_alike(adapters: "Sequence[SavedAdapter]") -> None:
                 )
         # A fingerprint says more than a name: one base may have several.
         bases = [adapter.base_fingerprint for adapter in (first, other)]
-        if not all(bases):
-            bases = [adapter.config.base_model_name_or_path for adapter in (first, other)]
-        if bases[0] != bases[1]:
+        names = [adapter.config.base_model_name_or_path for adapter in (first, other)]
+        if all(bases):  # of two versions nothing can be said; saving the older one again gives it the new one
+            names = [base.get("weights") for base in bases]
+            is_other = find_version(bases[0]) != find_version(bases[1]) or bool(list_differences(*bases))
+        else:
+            is_other = names[0] != names[1]
+        if is_other:
             raise ValueError(
-                f"`merge` must be given adapters of one base, got {first.source} of {bases[0]} and {other.source} of "
-                f"{bases[1]}."
+                f"`merge` must be given adapters of one base, got {first.source} of {names[0]} and {other.source} of "
+                f"{names[1]}."
             )
 
 

@@ -179,9 +179,10 @@ def convert_checkpoint(path: str | Path, *, num_mel_bins: int | None = None) -> 
         model = DeepSpeech2ForCTC(config)
     names = {name: to_kospeech_name(name) for name in model.state_dict()}
     shapes = {names[name]: tensor.shape for name, tensor in model.state_dict().items()}
+    # In the precision that the model has: a number may be too large for it.
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     check_tensors("checkpoint", path, tensors=state, shapes=shapes)
     tensors = {name: state[old] for name, old in names.items()}
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 

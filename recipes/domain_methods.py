@@ -17,9 +17,9 @@ from data.overlap import describe_overlap
 from data.prompts import Prompt
 from modeling import SpeechAdapterConfig
 from modeling.adapter_config import PRESETS
+from modeling.adapter_files import locate_base
 from recipes.arguments import CorpusArguments, load_split
 from recipes.audio_tower import Family, add_adapter, find_block, find_family, load_model, load_tower_alone
-from recipes.card import public_name
 from recipes.chat import check_language
 from recipes.checkpoint_digest import note_checkpoint
 from recipes.domain_training import OBJECTIVES, DomainObjective, cache_tower
@@ -166,8 +166,7 @@ def load_base(arguments: DomainArguments, prompt: Prompt) -> PreTrainedModel:
 def add_method(model: PreTrainedModel, arguments: DomainArguments) -> DomainObjective:
     """Adds the method's fresh adapter to `model`; returns it with what is minimised."""
     add_adapter(model, make_config(arguments, find_family(model.config)), ADAPTER_NAME)
-    # The file travels: it names the base, not where this machine keeps it.
-    model.peft_config[ADAPTER_NAME].base_model_name_or_path = public_name(arguments.model_name_or_path)
+    model.peft_config[ADAPTER_NAME].base_model_name_or_path = locate_base(arguments.model_name_or_path)
     block = find_block(model, ADAPTER_NAME) if arguments.needs_pairs else None
     weight = arguments.distill_weight
     objective = DomainObjective(model, arguments.objective, speech_adapter_block=block, distill_weight=weight)

@@ -15,9 +15,10 @@ from data.overlap import describe_overlap
 from data.speakers import select_speakers, share_speakers
 from data.spelling import MAX_CLIP_SECONDS
 from modeling import SpeechAdapterConfig
+from modeling.adapter_files import locate_base
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, save_adapter
 from recipes.arguments import CorpusArguments, load_split
-from recipes.card import CardArguments, CardSubject, public_name, write_card
+from recipes.card import CardArguments, CardSubject, write_card
 from recipes.decoding import evaluate_dataset, load_adapter
 from recipes.hub import HubTarget
 from recipes.report import draw_speakers, write_results
@@ -145,8 +146,7 @@ def add_personal_adapter(
         )
         model.add_adapter(config, adapter_name)
     if not arguments.unfreeze_base:
-        # The file travels: it names the base, not where this machine keeps it.
-        model.peft_config[adapter_name].base_model_name_or_path = public_name(arguments.model_name_or_path)
+        model.peft_config[adapter_name].base_model_name_or_path = locate_base(arguments.model_name_or_path)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The checkpoints are made in another process by stand-ins of KoSpeech's classes, 
 import functools
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -602,3 +603,70 @@ def test_readme_command_converts_a_checkpoint(kospeech_folder, tmp_path, run_rec
     files = {"checkpoint": kospeech_folder / "parallel.pt", "vocabulary": kospeech_folder / "vocab.csv"}
     run_recipe_main(main, *find_arguments("convert_kospeech.py", **files, output_dir=tmp_path / "out"))
     assert type(AutoModelForCTC.from_pretrained(tmp_path / "out")) is DeepSpeech2ForCTC
+
+
+def save_memo(path: Path) -> None:
+    path.write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")  # a list that is number 2^31 of the pickle: 16 GB in C
+
+
+def save_copies(path: Path) -> None:
+    class Copy:
+        def __init__(self, items):
+            self.items = items
+
+        def __reduce__(self):
+            return list, (self.items,)
+
+    items = list(range(10_000))
+    torch.save({f"w{index}": Copy(items) for index in range(3_000)}, path)
+
+
+def save_storage(path: Path) -> None:
+    torch.save({"w": torch.zeros(1_000_003)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    count = (1_000_003).to_bytes(4, "little")
+    assert count in content
+    path.write_bytes(content.replace(b"J" + count, b"\x8a\x05" + (6 * 10**9).to_bytes(5, "little")))
+
+
+def save_views(path: Path) -> None:
+    whole = torch.zeros(2_000_000)
+    torch.save({f"w{index}": whole.view(-1) for index in range(3_000)}, path)
+
+
+def save_bomb(path: Path) -> None:
+    torch.save({"w": torch.zeros(8_000_000)}, path.with_suffix(".whole"))
+    with (
+        zipfile.ZipFile(path.with_suffix(".whole")) as whole,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in whole.namelist():
+            bomb.writestr(entry, whole.read(entry))
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (save_memo, "must be a whole file of `torch.save`"),
+        (save_copies, "copies of more than 1000000 items"),
+        (save_storage, "storages of 24000000000 bytes in a file of "),
+        (save_views, "must not use its weights more than 4 times, got tensors of 24000000000 bytes over 8000000"),
+        (save_bomb, "got a compressed archive"),
+    ],
+)
+def test_a_small_file_that_asks_for_much_memory_is_refused(tmp_path, save, message):
+    save(tmp_path / "small.pt")
+    assert (tmp_path / "small.pt").stat().st_size < 9_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message):
+        load_legacy_checkpoint(tmp_path / "small.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+def test_numbers_that_no_fp32_can_hold_are_refused(kospeech_folder, tmp_path):
+    state = {name: tensor.double() for name, tensor in load_legacy_checkpoint(kospeech_folder / "parallel.pt").items()}
+    name = "fc.1.linear.weight"
+    state[name][0, 0] = 1e300
+    torch.save(state, tmp_path / "wide.pt")
+    with pytest.raises(ValueError, match=f"must hold finite numbers, got NaN or infinity in .*: {name}"):
+        convert_checkpoint(tmp_path / "wide.pt")

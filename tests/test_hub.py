@@ -128,11 +128,11 @@ def test_model_repository_holds_processor_and_code(hub, small_base):
     assert not any(name.endswith((".bin", ".pt")) or "checkpoint" in name for name in files)
 
 
-def test_pushed_adapter_names_its_base_on_the_hub_at_its_commit(hub, trained):
+def test_pushed_adapter_names_its_base_on_the_hub_at_its_commit(hub, trained, small_base):
     config = json.loads(read_repository(hub, "me/ann")["adapter_config.json"])
     branches = hub.repositories["model", "me/base"].branches
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", branches["main"])
-    assert json.loads((trained / "adapter_config.json").read_text())["base_model_name_or_path"] == "small_base0"
+    assert json.loads((trained / "adapter_config.json").read_text())["base_model_name_or_path"] == str(small_base)
 
 
 def test_branch_holds_its_own_weights(hub):
