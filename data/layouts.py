@@ -72,7 +72,7 @@ def find_folder_sources(folder: Path, text_column: str | None = None) -> list[So
     Raises:
         ValueError: The folder has no layout that is read; the message says what is there and what to do.
     """
-    finders = (_find_metadata, _find_saved, _find_split_tables, _find_kaldi)
+    finders = (_find_metadata, _find_saved, _find_split_tables, _find_kaldi, _find_mls, _find_vctk)
     for finder in finders:
         if sources := finder(folder):
             return sources
@@ -196,6 +196,43 @@ def _read_librispeech(path: Path) -> Iterator[dict[str, object]]:
         yield {"audio": utterance, "text": text, "speaker_id": utterance.split("-")[0]}
 
 
+def _find_mls(folder: Path) -> list[Source]:
+    """`transcripts.txt` beside `audio/speaker/book`, below one or more splits, as in Multilingual LibriSpeech."""
+    paths = sorted({*folder.glob("transcripts.txt"), *folder.glob("*/transcripts.txt")})
+    return [
+        Source(
+            read=partial(_read_mls, path), folders=(path.parent / "audio",), has_fixed_split=True,
+            **_place(path, folder, path.parent.name if path.parent != folder else "train"),
+        )
+        for path in paths
+    ]  # fmt: skip
+
+
+def _read_mls(path: Path) -> Iterator[dict[str, object]]:
+    for utterance, text in _read_pairs(path).items():
+        speaker, book = (utterance.split("_") + [""])[:2]
+        yield {"audio": f"{speaker}/{book}/{utterance}", "text": text, "speaker_id": speaker}
+
+
+def _find_vctk(folder: Path) -> list[Source]:
+    """Texts in `txt/speaker` and recordings in `wav48/speaker`, of the first microphone where two were there."""
+    recordings = sorted(path for path in folder.glob("wav48*") if path.is_dir())[:1]
+    if not recordings or not (folder / "txt").is_dir():
+        return []
+    read = partial(_read_vctk, folder / "txt", recordings[0])
+    return [
+        Source(read=read, folders=(recordings[0],), has_fixed_split=True, **_place(folder / "txt", folder, "train"))
+    ]
+
+
+def _read_vctk(texts: Path, recordings: Path) -> Iterator[dict[str, object]]:
+    for path in sorted(texts.glob("*/*.txt")):
+        name = f"{path.parent.name}/{path.stem}"
+        microphone = "_mic1" if any(recordings.glob(f"{name}_mic1.*")) else ""
+        with open_text(path) as file:
+            yield {"audio": name + microphone, "text": " ".join(file.read().split()), "speaker_id": path.parent.name}
+
+
 def _find_tars(folder: Path) -> list[Source]:
     paths = sorted({*folder.glob("*.tar"), *folder.glob("*/*.tar")})
     return [
@@ -296,5 +333,13 @@ def _describe(folder: Path) -> str:
         for ending, remedy in REMEDIES.items():
             if name.lower().endswith(ending) and ending not in AUDIO_SUFFIXES:
                 return f" but with {name}. {remedy.format(name)}"
+    if "supervisions.jsonl.gz" in names:
+        return (
+            " but with Lhotse's manifests. Export them with `lhotse kaldi export recordings.jsonl.gz "
+            "supervisions.jsonl.gz kaldi` and name the folder kaldi."
+        )
     tables = [name for name in names if name.lower().endswith(TABLE_SUFFIXES)]
-    return f"; name one of its tables: {', '.join(tables[:5])}" if tables else ""
+    if tables:
+        return f"; name one of its tables: {', '.join(tables[:5])}"
+    has_audio = any(path.suffix.lower() in AUDIO_SUFFIXES for path in folder.rglob("*"))
+    return " but with recordings, of which nothing says what is said: write it into metadata.csv" if has_audio else ""

@@ -99,7 +99,9 @@ def check_columns(required_columns: Iterable[str], columns: Iterable[str], name:
     for column in required_columns:
         if column not in columns:
             also = f" (or {', '.join(AUDIO_COLUMNS[1:])})" if column == "audio" else ""
-            remedy = "Name it with `--text_column`, or add or rename it." if column == "text" else "Add or rename it."
+            remedies = {"text": "Name it with `--text_column`, or add or rename it."}
+            remedies["audio"] = "Add or rename it; the first line of a table must name its columns."
+            remedy = remedies.get(column, "Add or rename it.")
             raise ValueError(
                 f"`{column}`{also} must be a column of {name}, got the columns {', '.join(columns)}. {remedy}"
             )
@@ -313,6 +315,6 @@ def _explain_missing(path: str, source: Source) -> str:
         folded = {entry.casefold(): entry for entry in there} | {Path(entry).stem.casefold(): entry for entry in there}
         alike = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.9)
         alike = alike or difflib.get_close_matches(Path(name).stem.casefold(), folded, n=1, cutoff=1.0)
-        if alike:
+        if alike and folded[alike[0]] != name:
             return f" (there is {folded[alike[0]]!r}: write that)"
     return ""

@@ -86,6 +86,24 @@ def test_librispeech_s_folder(folder, above):
     assert lengths(corpus) == [1, 2]
 
 
+def test_multilingual_librispeech_s_folder(folder):
+    for split, number in (("train", 1), ("dev", 2)):
+        record(folder / split / "audio" / "10" / "20" / "10_20_000001.flac", number)
+        write(folder / split / "transcripts.txt", f"10_20_000001\tgo {split}\n")
+    corpus = load_corpus(str(folder), split="dev", required_columns=("text", "speaker_id"))
+    assert (corpus["text"][:], corpus["speaker_id"][:], lengths(corpus)) == (["go dev"], ["10"], [2])
+    assert lengths(load_corpus(str(folder / "train"))) == [1]
+
+
+@pytest.mark.parametrize(("place", "ending"), [("wav48", ".wav"), ("wav48_silence_trimmed", "_mic1.flac")])
+def test_vctk_s_folder(folder, place, ending):
+    record(folder / place / "p225" / f"p225_001{ending}", 2)
+    record(folder / place / "p225" / "p225_001_mic2.flac", 3)
+    write(folder / "txt" / "p225" / "p225_001.txt", "Please call Stella.\n")
+    corpus = load_corpus(str(folder), required_columns=("text", "speaker_id"))
+    assert (corpus["text"][:], corpus["speaker_id"][:], lengths(corpus)) == (["Please call Stella."], ["p225"], [2])
+
+
 def test_ljspeech_s_folder(folder):
     record(folder / "wavs" / "LJ001-0001.wav", 2)
     write(folder / "metadata.csv", 'LJ001-0001|Dr. "Who, 2|Doctor "Who, two\n')
@@ -262,13 +280,15 @@ def test_a_compressed_table(folder):
         ("cv.tar.gz", r"archive: unpack it with `tar -xf cv\.tar\.gz`"),
         ("cv.7z", r"unpack it with `7z x cv\.7z`"),
         ("rows.xlsx", "spreadsheet: save it as CSV UTF-8"),
+        ("supervisions.jsonl.gz", "Lhotse's manifests. Export them with `lhotse kaldi export"),
+        ("a.wav", "a recording: write a manifest|nothing says what is said"),
         ("rows.eaf", "annotation: export it as a table"),
         ("data-00000-of-00001.arrow", "what `save_to_disk` wrote: name its folder"),
     ],
 )
 def test_what_is_no_corpus_yet_is_named_with_the_command(folder, name, remedy):
     (folder / name).write_bytes(b"x")
-    for dataset in (folder / name, folder):
+    for dataset in (folder / name, folder)[name == "supervisions.jsonl.gz" :]:
         with pytest.raises(ValueError, match=f"`dataset` must be a corpus, got .*{remedy}"):
             load_corpus(str(dataset))
 
