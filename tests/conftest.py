@@ -28,6 +28,7 @@ from modeling import (
     SpeechAdapterConfig,
 )
 from modeling.adapters import save_adapter
+from recipes.decoding import split_batches
 from recipes.train_ctc import main as train_ctc_main
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +147,20 @@ def trained_steps(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(Trainer, "training_step", count)
     return steps
+
+
+@pytest.fixture
+def heard_batches(monkeypatch) -> list[int]:
+    """Number of rows of every batch of chunks that is recognised while the test runs."""
+    sizes: list[int] = []
+
+    def count(*args, **kwargs):
+        for batch in split_batches(*args, **kwargs):
+            sizes.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr("recipes.decoding.split_batches", count)
+    return sizes
 
 
 def _run_main(main: Callable[[], None], *tokens: object) -> None:

@@ -155,7 +155,7 @@ def test_recognize_batch_gives_each_row_what_it_gets_alone(tiny_model, tiny_proc
         assert np.allclose(np.exp(log_probs).sum(-1), 1.0, atol=1e-5)
 
 
-def test_recordings_in_one_batch_each_get_the_adapter_that_they_get_alone(recognizer, recordings):
+def test_recordings_in_one_batch_each_get_the_adapter_that_they_get_alone(recognizer, recordings, heard_batches):
     files, names = list(recordings.values()), ["alice", "bob", BASE, "alice"]
 
     together = transcribe_recordings(*recognizer, files, adapter_names=names, batch_size=4)
@@ -163,6 +163,7 @@ def test_recordings_in_one_batch_each_get_the_adapter_that_they_get_alone(recogn
         transcribe_recordings(*recognizer, [file], adapter_names=[name])[0]
         for file, name in zip(files, names, strict=True)
     ]
+    assert heard_batches == [4, 1, 1, 1, 1]
     others = transcribe_recordings(*recognizer, files, adapter_names=[BASE, "alice", "bob", BASE])
 
     assert together == alone
@@ -201,13 +202,17 @@ def test_a_long_recording_is_its_chunks_heard_alone_and_joined(recognizer, tmp_p
     assert transcript.words == locate_words(processor, expected, seconds_per_frame=0.02)
 
 
-def test_files_of_any_format_are_transcribed_in_the_order_given(recognizer, recordings):
+def test_files_of_any_format_are_transcribed_in_the_order_given(recognizer, recordings, heard_batches):
     files = list(recordings.values())
 
     transcripts = transcribe_recordings(*recognizer, files[::-1], batch_size=2, **QUICK)
+    assert set(heard_batches) == {2}
+    assert sum(heard_batches) > len(files)  # longer recordings are several chunks
+    heard_batches.clear()
 
     assert [transcript.seconds for transcript in transcripts] == pytest.approx([1.6, 1.3, 1.0, 0.7], abs=0.03)
     assert transcripts[::-1] == transcribe_recordings(*recognizer, files, batch_size=16, **QUICK)
+    assert max(heard_batches) > 2
 
 
 def test_beam_search_transcribes_words_of_the_list_alone(recognizer, recordings, cat_decoder):

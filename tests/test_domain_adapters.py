@@ -96,8 +96,12 @@ def test_gradient_checkpointing_trains_as_training_without_it(model, batch, use_
     model.add_adapter(configure(), "ldv")
     other = copy.deepcopy(model)
     other.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    assert find_layer(other).find_block("ldv").layers[0].gradient_checkpointing
+    calls = []
+    for twin in (other, model):
+        ffn = find_layer(twin).find_block("ldv").layers[0].ffn
+        ffn.register_forward_pre_hook(lambda module, _args: calls.append(module))
     assert train(other, batch, steps=2) == train(model, batch, steps=2)
+    assert len(calls) == 4 + 2  # once more in each backward pass
     torch.testing.assert_close(logits(other, batch), logits(model, batch))
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import soundfile
+from datasets import IterableDataset
 from torch.utils.data import DataLoader
 
 from data.asr import UtteranceDataset, decode_clips
@@ -23,11 +24,25 @@ def streamed(small_corpus, tiny_processor):
 def test_streamed_utterances_equal_those_of_the_corpus_read_whole(streamed, small_corpus, tiny_processor):
     clips = decode_clips(load_corpus(str(small_corpus), split="train"), tiny_processor, samples_per_logit=320)
     whole = UtteranceDataset(clips, tiny_processor)
+    assert isinstance(streamed, IterableDataset)
     examples = list(streamed)
     assert len(examples) == len(whole) == 12
     for index, example in enumerate(examples):
         np.testing.assert_array_equal(example["input_features"], whole[index]["input_features"])
         assert example["labels"] == whole[index]["labels"]
+
+
+def test_a_stream_does_not_reach_a_later_row(small_corpus, tiny_processor, monkeypatch, tmp_path):
+    monkeypatch.setattr("data.corpora.NUM_TYPED_ROWS", 2)  # which are looked at before the stream begins
+    rows = (small_corpus / "metadata.csv").read_text().splitlines()
+    rows = [rows[0], *(str(small_corpus / row) for row in rows[1:]), "missing.wav,ann,one,train"]
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join(rows) + "\n")
+    corpus = load_corpus(str(manifest), split="train", streaming=True)
+    stream = iter(stream_utterances(corpus, tiny_processor, samples_per_logit=320))
+    assert [len(next(stream)["labels"]) for _ in range(2)] == [3, 3]
+    with pytest.raises(ValueError, match=r"missing\.wav"):
+        load_corpus(str(manifest), split="train")
 
 
 def test_streamed_utterances_have_pauses_by_seed_and_row(small_corpus, tiny_processor):

@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer
 
 from modeling import DeepSpeech2ForCTC, JamoCTCTokenizer
 from recipes.personalize import main as personalize_main
 from recipes.train_ctc import main
+from recipes.trainer import AdapterTrainer
 
 
 def test_train_ctc_writes_a_model_that_the_auto_classes_load(small_base):
@@ -71,13 +73,21 @@ def test_train_ctc_refuses_an_excluded_speaker_that_is_unknown(run_recipe_main, 
     assert not (tmp_path / "out").exists()
 
 
-def test_train_ctc_streams_a_corpus(run_recipe_main, small_corpus, tmp_path):
+def test_train_ctc_streams_a_corpus(run_recipe_main, small_corpus, monkeypatch, tmp_path):
+    trained, train = [], AdapterTrainer.train
+
+    def note(self, *args, **kwargs):
+        trained.append(self.train_dataset)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "train", note)
     run_recipe_main(
         main, "--dataset", small_corpus, "--streaming", "--exclude_speakers", "ben", "--num_mel_bins", 16,
         "--hidden_size", 8, "--num_hidden_layers", 1, "--max_steps", 2, "--per_device_train_batch_size", 2,
         "--save_strategy", "no", "--output_dir", tmp_path,
     )  # fmt: skip
     assert AutoModelForCTC.from_pretrained(tmp_path).config.num_mel_bins == 16
+    assert [isinstance(dataset, IterableDataset) for dataset in trained] == [True]
 
 
 def test_train_ctc_refuses_to_join_the_clips_of_a_stream(run_recipe_main, small_corpus, tmp_path):

@@ -178,16 +178,20 @@ def test_one_adapter_without_a_name_acts_on_all_files(tiny_base, tiny_adapters, 
     )
 
 
-def test_speakers_of_a_store_are_transcribed_as_with_their_adapters(tiny_base, people, recordings, capsys):
+def test_speakers_of_a_store_are_transcribed_as_with_their_adapters(
+    tiny_base, people, recordings, heard_batches, capsys
+):
     files = [recordings["wav"], recordings["mp3"], recordings["ogg"], recordings["flac"]]
     speakers = ["ann", "base", "cho", "ben"]
     base = ["--model_name_or_path", tiny_base, "--speaker", *speakers, *files]
 
     assert main([*base, "--adapter", *(f"{name}={people / name}" for name in ("ann", "ben", "cho"))]) == 0
     expected = capsys.readouterr().out
-    for capacity in ("1", "64"):  # in batches of one adapter, and together
+    for capacity, sizes in (("1", [1, 1, 2]), ("64", [4])):  # in batches of one adapter beside the base, and together
+        heard_batches.clear()
         assert main([*base, "--adapter_store", str(people), "--max_loaded_adapters", capacity]) == 0
         assert capsys.readouterr().out == expected
+        assert heard_batches == sizes
     assert len(set(line.split("\t")[1] for line in expected.splitlines())) == 4
 
 
