@@ -124,7 +124,7 @@ def _find_from(file: BinaryIO, start: int, end: int, name: str) -> list[Part]:
         return _find_chunked(file, start, end, layout, form, name)
     if magic[:4] == b".snd" and len(magic) >= 24:
         return _find_au(file, start, end, form, name)
-    if FLAC_START.match(magic):
+    if FLAC_START.match(magic) and len(magic) >= FLAC_HEADER_BYTES:
         return _find_flac(file, start, end)
     if magic[:4] == b"OggS":
         return [Part(Window(file, *span), ffmpeg_format=form) for span in _find_ogg_streams(file, start, end)]
@@ -271,10 +271,10 @@ def _find_flac(file, start: int, end: int) -> list[Part]:
         offset += SCAN_BYTES
     parts = []
     for first, last in zip(starts, [*starts[1:], end], strict=True):
-        header = bytearray(_read_at(file, first, FLAC_HEADER_BYTES))
+        header = bytearray(_read_at(file, first, FLAC_HEADER_BYTES).ljust(FLAC_HEADER_BYTES, b"\0"))
         stated = int.from_bytes(header[21:26]) & (2**36 - 1)
         header[21:26] = (header[21] & 0xF0, 0, 0, 0, 0)
-        window = Window(file, first + len(header), last, header=bytes(header))
+        window = Window(file, min(first + len(header), last), last, header=bytes(header))
         parts.append(Part(window, stated or None, has_length=False))
     return parts
 
@@ -302,7 +302,7 @@ def _find_ogg_streams(file, start: int, end: int) -> list[tuple[int, int]]:
         if (is_first and not was_first) or not starts:
             starts.append(offset)
         was_first, offset, behind = is_first, page_end, page_end
-    return list(zip(starts, [*starts[1:], behind], strict=True)) or [(start, end)]
+    return list(zip(starts, [*starts[1:], behind], strict=True)) if starts else [(start, end)]
 
 
 def _describe_mpeg(file, stream: MpegStream, name: str) -> Part:

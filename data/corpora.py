@@ -14,7 +14,7 @@ import xxhash
 from datasets import Audio, Dataset, Features, IterableDataset, Value
 from filelock import FileLock
 
-from data.audio import audio_seconds
+from data.audio import MIX, audio_seconds, parse_channel
 from data.code_digest import digest_code
 from data.hub_corpora import download_recordings, list_cache_folders, open_tables
 from data.layouts import CHOICES, find_file_source, find_folder_sources, list_parquet, make_dataset_source
@@ -53,6 +53,7 @@ def load_corpus(
     text_column: str | None = None,
     required_columns: Sequence[str] = ("audio",),
     streaming: bool = False,
+    channel: str = MIX,
 ) -> Dataset | IterableDataset:
     """
     Returns a corpus whose column `audio` holds undecoded recordings, `{"path": absolute path or None, "bytes": ...}`.
@@ -70,6 +71,7 @@ def load_corpus(
         text_column: The column that is `text`; default: `text`, `sentence`, `transcription` or `transcript`.
         required_columns: Columns that must exist, with a value in every row of the split.
         streaming: Gives an `IterableDataset` that reads rows, and checks them, while they are used.
+        channel: "left", "right" or a number from 1 takes this channel of every recording; "mix" averages them.
 
     Returns:
         The rows with the columns of `data.rows.KEPT_COLUMNS` that there are, and the required ones. `speaker` and
@@ -81,19 +83,20 @@ def load_corpus(
 
     Raises:
         ValueError: The corpus, split or a required column does not exist, more than 5 % of the rows lack a value or a
-            recording, a recording lies outside the corpus, or no row is left.
+            recording, a recording lies outside the corpus, no row is left, or `channel` names none.
 
     Example:
         >>> load_corpus("synthetic/ko", split="test").column_names
         ['speaker_id', 'text', 'split', 'domain', 'audio']
     """
+    parse_channel(channel)
     if dataset.split("/")[0] == "synthetic":
         dataset = str(_make_synthetic(dataset))
     sources = _find_sources(dataset, dataset_config, text_column, streaming)
     columns = ("audio", *(column for column in required_columns if column != "audio"))
     arguments = {"sources": sources, "split": split, "text_column": text_column, "required_columns": columns}
     if streaming:
-        return _stream(dataset, arguments)
+        return _stream(dataset, arguments, channel)
     summary = _Summary()
     for row, part in _iterate_rows(**arguments, note=summary.note):
         summary.add(row, part)
@@ -103,9 +106,9 @@ def load_corpus(
     features = _infer_features(summary.values, required_columns, dataset)
     # A file in the cache, and not a table in memory, because only then `map` keeps what it computes.
     corpus = Dataset.from_generator(
-        lambda: _iterate_examples(**arguments, names=tuple(features), note=_say_nothing),
+        lambda: _iterate_examples(**arguments, names=tuple(features), channel=channel, note=_say_nothing),
         features=features,
-        fingerprint=summary.digest(features),
+        fingerprint=summary.digest(features, channel),
     )
     return corpus.cast_column("audio", Audio(decode=False))
 
@@ -240,12 +243,12 @@ def _find_split(row: Mapping[str, object], source: Source) -> str:
 
 
 def _iterate_examples(
-    names: Sequence[str], note: Callable[[str | None], None] | None = None, **arguments
+    names: Sequence[str], channel: str, note: Callable[[str | None], None] | None = None, **arguments
 ) -> Iterator[dict[str, object]]:
     """Yields the examples of a dataset with columns `names`; without `note`, of a stream, which counts for itself."""
     note = note or StreamedRows(**LEFT_OUT).note
     for row, part in _iterate_rows(**arguments, note=note):
-        row["audio"] = cut_part(row["audio"], part)
+        row["audio"] = cut_part(row["audio"], part, channel)
         yield {name: row.get(name) for name in names}
 
 
@@ -282,13 +285,13 @@ class _Summary:
                 column.append(value)
         self.num_rows += 1
 
-    def digest(self, features: Features) -> str:
-        """Returns 32 hexadecimal digits over all rows that are used."""
-        self._digest.update(repr(features).encode())
+    def digest(self, features: Features, channel: str) -> str:
+        """Returns 32 hexadecimal digits over all rows that are used, and the channel that is."""
+        self._digest.update(repr((features, channel)).encode())
         return self._digest.hexdigest()
 
 
-def _stream(dataset: str, arguments: dict) -> IterableDataset:
+def _stream(dataset: str, arguments: dict, channel: str) -> IterableDataset:
     summary = _Summary()
     for row, part in islice(_iterate_rows(**arguments, note=summary.note), NUM_TYPED_ROWS):
         summary.add(row, part)
@@ -297,7 +300,7 @@ def _stream(dataset: str, arguments: dict) -> IterableDataset:
     if not summary.num_rows:
         raise _no_rows_error(dataset, arguments["sources"], arguments["split"])
     features = _infer_features(summary.values, arguments["required_columns"], dataset)
-    arguments = {**arguments, "names": tuple(features)}
+    arguments = {**arguments, "names": tuple(features), "channel": channel}
     return IterableDataset.from_generator(_iterate_examples, features=features, gen_kwargs=arguments)
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import soundfile
 
-from data.audio import SAMPLING_RATE, AudioError, audio_seconds, read_audio
+from data.audio import MIX, SAMPLING_RATE, AudioError, audio_seconds, read_audio
 from data.rows import RowError
 
 logger = logging.getLogger(__name__)
@@ -78,34 +78,37 @@ class Cutter:
             )
 
 
-def cut_part(audio: dict, part: tuple[float, float] | None) -> dict:
+def cut_part(audio: dict, part: tuple[float, float] | None, channel: str | int = MIX) -> dict:
     """
-    Returns a part of a recording as `{"path", "bytes"}`, or `audio` itself without one.
+    Returns a part or a channel of a recording as `{"path", "bytes"}`, or `audio` itself if all of it is heard.
 
     Args:
         audio: `{"path", "bytes"}`.
         part: Start and end in seconds.
+        channel: As in `read_audio`.
 
     Returns:
         The bytes are a wav of one channel at 16 kHz, empty with a warning where the recording cannot be read; the path
         says which part it is.
     """
-    if part is None:
+    if part is None and channel == MIX:
         return audio
     path, content = audio["path"], audio["bytes"]
     file = io.BytesIO()
     try:
-        samples = _read_whole(path, content, 0 if content else os.stat(path).st_mtime_ns)
-        first, last = (round(time * SAMPLING_RATE) for time in part)
+        samples = _read_whole(path, content, channel, 0 if content else os.stat(path).st_mtime_ns)
+        first, last = (None if part is None else round(time * SAMPLING_RATE) for time in part or (0, 0))
         soundfile.write(file, samples[first:last], SAMPLING_RATE, format="wav", subtype="FLOAT")
     except AudioError as error:
         logger.warning("No part of it can be used: %s", error)
-    return {"path": f"{path or 'audio'}#{part[0]:g}-{part[1]:g}", "bytes": file.getvalue()}
+    heard = [] if part is None else [f"{part[0]:g}-{part[1]:g}"]
+    heard += [] if channel == MIX else [str(channel)]
+    return {"path": f"{path or 'audio'}#{':'.join(heard)}", "bytes": file.getvalue()}
 
 
 @lru_cache(maxsize=1)  # the parts of a recording stand one after the other in a table
-def _read_whole(path: str | None, content: bytes | None, _changed: int) -> np.ndarray:
-    return read_audio({"path": path, "bytes": content})
+def _read_whole(path: str | None, content: bytes | None, channel: str | int, _changed: int) -> np.ndarray:
+    return read_audio({"path": path, "bytes": content}, channel=channel)
 
 
 def _find_times(row: Mapping[str, object], where: str, *, is_nemo: bool) -> tuple[float, float | None] | None:

@@ -45,6 +45,7 @@ class CorpusArguments:
             "choices": list(STYLES),
         },
     )
+    channel: str = field(default="mix", metadata={"help": "Of every recording: mix, left, right or a number from 1."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     concatenate_min: int = field(default=1, metadata={"help": "Fewest clips of one speaker joined to an utterance."})
@@ -61,14 +62,14 @@ def load_split(arguments, split: str, *, streaming: bool = False, required_colum
     Returns the rows of one split with their transcripts in the style that the arguments name.
 
     Args:
-        arguments: With `dataset`, `dataset_config`, `text_column` and `transcript_style`.
+        arguments: With `dataset`, `dataset_config`, `text_column`, `channel` and `transcript_style`.
         split, streaming, required_columns: As for [`load_corpus`].
 
     Raises:
         ValueError: As [`load_corpus`] and [`read_transcripts`].
     """
     source = {"dataset_config": arguments.dataset_config, "text_column": arguments.text_column}
-    options = {"required_columns": required_columns, "streaming": streaming}
+    options = {"required_columns": required_columns, "streaming": streaming, "channel": arguments.channel}
     corpus = load_corpus(arguments.dataset, split=split, **source, **options)
     return read_transcripts(corpus, arguments.transcript_style, name=f"{arguments.dataset}, split {split}")
 

@@ -45,6 +45,7 @@ class EvaluateArguments:
         default=False, metadata={"help": "Take an adapter that was made for another base; it is recorded."}
     )
     split: str = field(default="test", metadata={"help": "Split of the dataset."})
+    channel: str = field(default="mix", metadata={"help": "Of every recording: mix, left, right or a number from 1."})
     speaker_id: list[str] | None = field(default=None, metadata={"help": "Speakers to evaluate; default: all."})
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a Hub dataset that has several, such as a language."}
@@ -69,6 +70,7 @@ class EvaluateArguments:
     )
     base_dataset: str | None = field(default=None, metadata={"help": "The base's own data, for --compare."})
     base_split: str = field(default="test", metadata={"help": "Split of base_dataset."})
+    base_channel: str = field(default="mix", metadata={"help": "Channel of base_dataset."})
     base_speaker_id: list[str] | None = field(
         default=None, metadata={"help": "Speakers of base_dataset to evaluate; default: all."}
     )
@@ -187,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     # Data
     load = partial(load_utterances, processor=processor, samples_per_logit=model.config.inputs_to_logits_ratio)
     dataset = load(arguments)
-    names = ("dataset", "dataset_config", "text_column", "transcript_style", "split", "speaker_id")
+    names = ("dataset", "dataset_config", "text_column", "transcript_style", "channel", "split", "speaker_id")
     base = {name: getattr(arguments, f"base_{name}") for name in names}
     base_dataset = load(replace(arguments, **base)) if arguments.compare else None
 

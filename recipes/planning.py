@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from data.audio import audio_seconds
+from data.audio import MIX, audio_seconds
 from data.corpora import load_corpus
 from data.domain import select_domain
 from data.speakers import select_speakers
@@ -189,6 +189,7 @@ def measure_corpus(flags: Mapping[str, object]) -> CorpusSize | None:
     if flags.get("streaming") or not flags.get("dataset"):
         return None
     source = {name: flags.get(name) for name in ("dataset_config", "text_column")}
+    source["channel"] = flags.get("channel", MIX)
     corpus = load_corpus(flags["dataset"], split=flags["train_split"], required_columns=("audio", "text"), **source)
     domain = flags.get("source_domain") if flags.get("simulate_domain") else flags.get("target_domain")
     if domain and "domain" in corpus.column_names:

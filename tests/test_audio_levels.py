@@ -1,5 +1,6 @@
 """Silence, loudness and channels: what is no sound is refused, and what was said on one channel is heard alone."""
 
+import importlib
 import logging
 
 import numpy as np
@@ -8,6 +9,8 @@ import soundfile
 from audio_files import encode, make_sound, read_both_ways
 
 from data.audio import AudioError, count_channels, read_audio
+from data.corpora import load_corpus
+from recipes.evaluate_asr import main as evaluate_asr_main
 
 SOUND = make_sound()
 NOISE = np.random.default_rng(1).standard_normal(len(SOUND))
@@ -140,3 +143,59 @@ def test_one_person_on_two_channels_is_no_reason_to_warn(two_people, caplog):
     for other in others:
         read_audio(encode(np.stack([speech, other], axis=1), "WAV", "FLOAT", 8_000))
     assert not caplog.records
+
+
+@pytest.fixture
+def calls(two_people, tmp_path):
+    """A corpus of one telephone call, a person on each channel."""
+    soundfile.write(tmp_path / "call.wav", np.stack(two_people, axis=1), 8_000)
+    (tmp_path / "metadata.csv").write_text("file_name,text\ncall.wav,hello\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_corpus_gives_one_channel_of_its_recordings(calls, streaming):
+    rows = {
+        channel: next(iter(load_corpus(str(calls), channel=channel, streaming=streaming)))
+        for channel in ("mix", "left", "2")
+    }
+    for channel in rows:
+        expected = read_audio(calls / "call.wav", channel=channel)
+        np.testing.assert_allclose(read_audio(rows[channel]["audio"]), expected, atol=1e-6)
+    assert rows["left"]["audio"]["path"].endswith("call.wav#left")
+    assert np.abs(read_audio(rows["left"]["audio"]) - read_audio(rows["2"]["audio"])).max() > 0.1
+
+
+def test_a_corpus_gives_a_part_of_one_channel(calls):
+    (calls / "metadata.csv").write_text("file_name,text,start,end\ncall.wav,hello,0.5,1.5\n", encoding="utf-8")
+    (row,) = load_corpus(str(calls), channel="right")
+    np.testing.assert_array_equal(
+        read_audio(row["audio"]), read_audio(calls / "call.wav", channel="right")[8_000:24_000]
+    )
+    assert row["audio"]["path"].endswith("call.wav#0.5-1.5:right")
+
+
+def test_a_corpus_refuses_a_channel_that_no_recording_can_have(calls):
+    with pytest.raises(ValueError, match="`channel` must be left, right, mix or a number from 1, got 'all'"):
+        load_corpus(str(calls), channel="all")
+    with pytest.raises(AudioError, match="must be audio, got an empty file"):
+        read_audio(next(iter(load_corpus(str(calls), channel="3")))["audio"])
+
+
+def test_recipes_hand_the_channel_to_their_corpus(calls, tiny_base, capsys):
+    scores = {}
+    for channel in ("left", "right"):
+        output = calls / f"{channel}.json"
+        flags = ["--model_name_or_path", tiny_base, "--dataset", str(calls), "--split", "train", "--channel", channel]
+        evaluate_asr_main([*flags, "--output_file", str(output)])
+        scores[channel] = output.read_text()
+    assert capsys.readouterr().out
+    assert scores["left"] != scores["right"]
+
+
+@pytest.mark.parametrize("recipe", ["train_ctc", "personalize", "adapt_domain", "evaluate_asr"])
+def test_recipes_have_the_flag(recipe, run_recipe_main, capsys):
+    main = importlib.import_module(f"recipes.{recipe}").main
+    with pytest.raises(SystemExit):
+        run_recipe_main(main, "--help")
+    assert "--channel CHANNEL" in capsys.readouterr().out
