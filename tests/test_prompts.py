@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.prompts import ChatPrompt, WhisperPrompt, check_placeholders, make_prompt
+from data.prompts import DEFAULT_INSTRUCTION, ChatPrompt, WhisperPrompt, check_placeholders, make_prompt
 from tests.speech_models import make_chat_processor, make_whisper_processor
 
 IGNORED = -100
@@ -43,6 +43,11 @@ def test_a_chat_has_labels_on_the_answer_alone(chat):
         assert torch.equal(batch["labels"][row][is_answer], batch["input_ids"][row][is_answer])
         assert batch["attention_mask"][row].sum() == len(prompts[row]) + len(chat.answer(answer[:-10]))
     assert torch.equal(batch["labels"][0, : len(prompts[0])], torch.full((len(prompts[0]),), IGNORED))
+
+
+def test_a_chat_without_a_question_asks_for_the_words(chat):
+    assert DEFAULT_INSTRUCTION in chat.tokenizer.decode(chat.ask(None, [3]))
+    assert DEFAULT_INSTRUCTION not in chat.tokenizer.decode(chat.ask(QUESTION, [3]))
 
 
 @pytest.mark.parametrize("family", ["whisper", "chat"])
