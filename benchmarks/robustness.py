@@ -5,7 +5,7 @@
 
 Real digits: each speaker's base, trained without that speaker, alone and with the speaker's adapter from 60 seconds;
 trained here if `benchmarks.personalization` has not left them. The embedded corpus: the base of `make demo` on its own
-ordinary voices and on the unusual ones, these also with their adapters. No condition is one of training.
+ordinary voices, and with the adapters on the unusual ones. No condition is one of training.
 """
 
 import argparse
@@ -68,9 +68,10 @@ def list_listeners(dataset: str, folder: Path) -> list[Listener]:
     if dataset == "synthetic":
         ordinary = tuple(voice.speaker_id for voice in ORDINARY_VOICES)
         unusual = [voice.speaker_id for voice in UNUSUAL_VOICES]
-        alone = [Listener("base, unusual voices", folder / "base", None, (speaker,)) for speaker in unusual]
-        adapted = [Listener("adapter", folder / "base", folder / speaker, (speaker,)) for speaker in unusual]
-        return [Listener("base, ordinary voices", folder / "base", None, ordinary), *alone, *adapted]
+        adapted = [
+            Listener("adapters, unusual voices", folder / "base", folder / speaker, (speaker,)) for speaker in unusual
+        ]
+        return [Listener("base, ordinary voices", folder / "base", None, ordinary), *adapted]
     speakers = sorted(set(load_corpus(dataset, split="test")["speaker_id"]))
     listeners = []
     for speaker in speakers:

@@ -22,17 +22,20 @@ from recipes.stacked import StackMember, train_stack
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
+NO_ROOMS = ("--pause_share", 0, "--room_share", 0, "--device_share", 0)
+ROOMS = ("--pause_share", 1, "--room_share", 0.5, "--device_share", 0.5)
 
 
 @pytest.fixture
 def personalize(run_recipe_main, small_base, small_corpus, tmp_path):
-    """Adapts the small base to speakers for three epochs; returns the output folder."""
+    """Adapts the small base to speakers for three epochs, as recorded by default; returns the output folder."""
 
     def run(output: str, *speakers: str, flags: tuple = ()) -> Path:
         run_recipe_main(
             main, "--model_name_or_path", small_base, "--dataset", small_corpus, "--speaker_id", *speakers,
             "--adapter_hidden_sizes", 4, "--num_train_epochs", 3, "--per_device_train_batch_size", 4,
-            "--learning_rate", "1e-2", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / output, *flags,
+            "--learning_rate", "1e-2", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / output,
+            *NO_ROOMS, *flags,
         )  # fmt: skip
         return tmp_path / output
 
@@ -57,8 +60,8 @@ def is_close(first: Path, second: Path, *, atol: float) -> bool:
         ("--adapter_kind", "mlp"),
         ("--adapter_kind", "replacement", "--max_grad_norm", 0.1),
         ("--adapter_kind", "bottleneck", "--weight_decay", 0.1),
-        ("--adapter_kind", "bottleneck", "--max_speed", 1.1, "--num_time_masks", 1),
-        ("--adapter_kind", "mlp", "--max_speed", 1.1, "--cache_variants", 2),
+        ("--adapter_kind", "bottleneck", "--max_speed", 1.1, "--num_time_masks", 1, *ROOMS),
+        ("--adapter_kind", "mlp", *ROOMS, "--cache_variants", 2),
     ],
     ids=["mlp", "replacement", "bottleneck", "augmented", "variants"],
 )
@@ -70,8 +73,8 @@ def test_personalize_all_gives_each_speaker_the_adapter_that_a_run_alone_gives(p
 
 @pytest.mark.parametrize(
     "flags",
-    [("--max_speed", 1.2), ("--num_time_masks", 2), ("--max_speed", 1.2, "--cache_variants", 2)],
-    ids=["speed", "masks", "variants"],
+    [("--max_speed", 1.2), ("--num_time_masks", 2), ROOMS, (*ROOMS, "--cache_variants", 2)],
+    ids=["speed", "masks", "rooms", "variants"],
 )
 def test_augmented_speech_teaches_a_stack_another_adapter_than_plain_speech(personalize, flags):
     plain, augmented = personalize("plain", "ann", "ben"), personalize("augmented", "ann", "ben", flags=flags)
