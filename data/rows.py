@@ -236,7 +236,7 @@ def _locate(path: str, where: str, source: Source) -> str:
 
 def _locate_absolute(path: str, where: str, source: Source) -> str:
     located = os.path.normpath(path)
-    if not source.is_trusted and not any(Path(located).is_relative_to(root) for root in source.roots):
+    if not source.is_trusted and not _is_inside(located, source.roots):
         raise ValueError(
             f"{where} must lie in {_list_roots(source)}, got {path!r}. A corpus may not name files elsewhere: write "
             "relative paths, or give the manifest itself as `dataset` if it is yours."
@@ -253,8 +253,8 @@ def _find_files(folder: Path, path: str, where: str, source: Source) -> list[str
         named = [spelling]
         if not spelling.lower().endswith(AUDIO_SUFFIXES):
             named += [spelling + suffix for suffix in AUDIO_SUFFIXES]
-        files = [os.path.normpath(folder / name) for name in named]
-        if not all(any(Path(file).is_relative_to(root) for root in source.roots) for file in files):
+        files = [os.path.normpath(os.path.join(folder, name)) for name in named]
+        if not all(_is_inside(file, source.roots) for file in files):
             raise ValueError(
                 f"{where} must lie in {_list_roots(source)}, got {path!r}. Move the file or correct the path."
             )
@@ -292,12 +292,25 @@ def _list_names(folder: str, _changed: int) -> dict[str, list[str]]:
 
 def _check_inside(file: str, path: str, where: str, source: Source) -> None:
     """Raises where a link leads out of a corpus that may not name files elsewhere."""
-    real = Path(os.path.realpath(file))
-    if not source.is_trusted and not any(real.is_relative_to(os.path.realpath(root)) for root in source.roots):
+    if source.is_trusted:
+        return
+    folder, name = os.path.split(file)
+    real = os.path.realpath(file) if os.path.islink(file) else os.path.join(_resolve_folder(folder), name)
+    if not _is_inside(real, [_resolve_folder(str(root)) for root in source.roots]):
         raise ValueError(
             f"{where} must lie in {_list_roots(source)}, got {path!r}, a link to {real}. Copy the file, or give the "
             "manifest itself as `dataset` if it is yours."
         )
+
+
+def _is_inside(path: str, roots: Iterable[str | Path]) -> bool:
+    """Returns whether a normal path is below one of `roots`; pathlib's answer takes ten times as long."""
+    return any(path.startswith(os.path.join(root, "")) for root in roots)
+
+
+@lru_cache(maxsize=1024)
+def _resolve_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _list_roots(source: Source) -> str:
