@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 from data.ldv import LDVChannel
 from data.prompts import make_prompt
 from modeling.adapters import save_adapter
+from modeling.files import write_whole
 from recipes.arguments import CorpusArguments, parse_arguments
 from recipes.audio_tower import add_adapter, find_block, find_family, find_tower
 from recipes.card import CardArguments
@@ -40,7 +41,7 @@ from recipes.domain_results import (
 )
 from recipes.domain_training import DomainTrainer, DomainTrainingArguments
 from recipes.hub import push_folder, take_hub_target
-from recipes.personal_adapters import check_output_dir
+from recipes.output_folder import check_output_dir, claim_output_dir
 from recipes.planning import quantize_shapes
 from recipes.report import print_results
 from recipes.trainer import check_trainable
@@ -66,7 +67,19 @@ def plan_model(arguments: tuple) -> nn.Module:
 
 def main() -> None:
     """Runs the recipe."""
-    domain_args, corpus_args, channel, card_args, training_args = parse_arguments(*ARGUMENTS)
+    arguments = parse_arguments(*ARGUMENTS)
+    with claim_output_dir(arguments[-1]):
+        adapt(*arguments)
+
+
+def adapt(
+    domain_args: DomainArguments,
+    corpus_args: CorpusArguments,
+    channel: LDVChannel,
+    card_args: CardArguments,
+    training_args: DomainTrainingArguments,
+) -> None:
+    """Trains the adapter of a domain and writes what has come of it."""
     output_dir, batch_size = training_args.output_dir, training_args.per_device_eval_batch_size
     check_output_dir(output_dir, is_resumed=bool(training_args.resume_from_checkpoint))
     base = domain_args.model_name_or_path
@@ -76,7 +89,8 @@ def main() -> None:
     prompt = make_prompt(AutoProcessor.from_pretrained(base), language=domain_args.prompt_language)
     loader = DomainLoader(domain_args, corpus_args, channel, prompt, seed=training_args.seed)
     if domain_args.method == "none":
-        return evaluate_base(domain_args, loader.load_evaluation(), output_dir, **score)
+        evaluate_base(domain_args, loader.load_evaluation(), output_dir, **score)
+        return
 
     # Model and adapter
     model = load_base(domain_args, prompt)
@@ -109,8 +123,10 @@ def main() -> None:
     results |= measure("after")
     results |= describe_training(domain_args, model, train_dataset, prompt, train_output.metrics)
     if not trainer.is_world_process_zero():
-        return None
-    save_adapter(model, output_dir, ADAPTER_NAME, processor=prompt.processor)
+        return
+    with write_whole(output_dir) as scratch:
+        save_adapter(model, scratch, ADAPTER_NAME, processor=prompt.processor)
+        prompt.processor.save_pretrained(scratch)
     maps = draw_adapter_maps(domain_args, objective, prompt, evaluation, output_dir)
     objective.forget_weights()  # their memory is for the model that is loaded now
 
@@ -124,7 +140,6 @@ def main() -> None:
     # Push
     if hub_target:
         print(push_folder(output_dir, hub_target))
-    return None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
 from modeling.adapter_files import describe_adapter
-from modeling.files import write_whole
+from modeling.files import find_whole, write_whole
+from recipes.card_metadata import check_languages, check_licence
 from recipes.pictures import escape_control
 from recipes.report import RESULTS_NAME, escape_markdown, format_code, format_code_block, format_table, write_results
 
@@ -73,6 +74,12 @@ class CardArguments:
         metadata={"help": "Language codes of the speech, such as en ko; the first one's rules normalise transcripts."},
     )
     dataset_licence: str | None = field(default=None, metadata={"help": "Licence of the data, such as cc-by-sa-4.0."})
+    licence: str | None = field(default=None, metadata={"help": "Licence of what is trained, such as apache-2.0."})
+
+    def __post_init__(self):
+        self.language = check_languages(self.language)
+        self.dataset_licence = check_licence(self.dataset_licence, flag="dataset_licence")
+        self.licence = check_licence(self.licence, flag="licence")
 
 
 def public_name(name: str) -> str:
@@ -134,6 +141,9 @@ class CardSubject:
         base_revision: Commit of the base on the Hub.
         language: Language codes of the speech.
         dataset_licence: Licence of the corpus.
+        licence: Licence of what was trained.
+        is_dataset_on_hub: Whether `dataset` is a name on the Hub; [`write_card`] finds out, where the name is valid.
+        is_base_on_hub: The same of `base`.
         picture: File name of a picture of the results in the same folder.
         usage: Text of the section on use, with `{repository}` and the like as in `ADAPTER_USAGE`. Default: that of
             a CTC recogniser.
@@ -149,6 +159,9 @@ class CardSubject:
     base_revision: str | None = None
     language: list[str] | None = None
     dataset_licence: str | None = None
+    licence: str | None = None
+    is_dataset_on_hub: bool = False
+    is_base_on_hub: bool = False
     picture: str | None = None
     usage: str | None = None
     details: str | None = None
@@ -156,24 +169,30 @@ class CardSubject:
     versions: str = field(default_factory=list_versions)
 
 
-def write_card(folder: str | Path, subject: CardSubject) -> None:
+def write_card(folder: str | Path, subject: CardSubject, *, name: str | None = None) -> None:
     """
     Writes `README.md`, and notes `subject` in `eval_results.json`, so that a push makes the card anew with its names.
 
     Args:
         folder: Output folder of the recipe, with `eval_results.json` and the adapter or the model.
         subject: What the card is about.
+        name: Of what was trained. Default: the folder's.
     """
-    base = public_name(subject.base) if subject.base else None
-    subject = replace(subject, dataset=public_name(subject.dataset), base=base)
+    subject = replace(
+        subject,
+        dataset=public_name(subject.dataset),
+        base=public_name(subject.base) if subject.base else None,
+        is_dataset_on_hub=is_hub_name(subject.dataset),
+        is_base_on_hub=subject.base is not None and is_hub_name(subject.base),
+    )
     write_results(folder, read_results(folder) | {RUN_KEY: asdict(subject)})
     with write_whole(folder) as scratch:
-        (scratch / CARD_NAME).write_text(render_card(folder, subject), encoding="utf-8")
+        (scratch / CARD_NAME).write_text(render_card(folder, subject, repository=name), encoding="utf-8")
 
 
 def read_results(folder: str | Path) -> dict:
     """Returns the results in `folder`; none where there is no file of them."""
-    path = Path(folder) / RESULTS_NAME
+    path = find_whole(folder, RESULTS_NAME)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -234,10 +253,11 @@ def _metadata(subject: CardSubject, results: Mapping, name: str, is_adapter: boo
         ]  # fmt: skip
     return ModelCardData(
         model_name=name,
-        base_model=subject.base,
+        base_model=subject.base if subject.is_base_on_hub else None,
         base_model_relation="adapter" if is_adapter else None,
-        datasets=[dataset] if is_hub_name(dataset) else None,
+        datasets=[dataset] if subject.is_dataset_on_hub else None,
         language=subject.language,
+        license=subject.licence,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=TASK,
         metrics=list(RATES),
@@ -291,6 +311,8 @@ def _fact_table(folder: Path, subject: CardSubject, results: Mapping, is_adapter
     seconds = results.get("train_seconds")  # unknown of a stream
     facts["speech"] = "streamed" if seconds is None else f"{seconds / 3600:.3g} hours ({seconds:,.0f} s)"
     facts["data"] = format_code(subject.dataset)
+    if subject.licence:
+        facts["licence"] = subject.licence
     facts["licence of the data"] = subject.dataset_licence or "not stated"
     facts["language"] = ", ".join(subject.language) if subject.language else "not stated"
     facts["training time"] = f"{results['train_runtime']:.0f} s"

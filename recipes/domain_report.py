@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from modeling.adapter_transformer import AdapterMaps, TransformerBlock
 from modeling.files import write_whole
@@ -114,7 +115,7 @@ def _find_adapted(model: nn.Module) -> nn.Module:
     return getattr(model, "adapted_model", model)
 
 
-class DomainReportCallback(TrainerCallback):
+class DomainReportCallback(TrainerCallback, ExportableState):
     """
     Notes at every logged step what moves: `history`, a list of rows that JSON can hold.
 
@@ -130,6 +131,10 @@ class DomainReportCallback(TrainerCallback):
         self._open = ExitStack()
         self._norms: dict[str, torch.Tensor] = {}
         self._gates: dict[str, torch.Tensor] = {}
+
+    def state(self) -> dict:
+        """Returns what a checkpoint keeps, so that a resumed run reports all steps."""
+        return {"args": {}, "attributes": {"history": list(self.history), "has_warned": self.has_warned}}
 
     def on_step_begin(self, _args, _state, _control, *, model, **_kwargs) -> None:
         """Begins to record gates; not before, because an evaluation would leave all of its gates in memory."""

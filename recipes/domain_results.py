@@ -287,5 +287,6 @@ def describe_run(
         f"{arguments.method}, objective {arguments.objective}.",
         language=card_args.language,
         dataset_licence=card_args.dataset_licence,
+        licence=card_args.licence,
         usage=USAGE.format(model_class=type(model).__name__),
     )

@@ -7,11 +7,11 @@ import argparse
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
@@ -26,9 +26,19 @@ from transformers.tokenization_utils_base import (
 )
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
+import modeling
 from modeling.adapter_code import find_adapter_code
 from modeling.files import find_whole, list_whole
-from recipes.card import CARD_NAME, is_hub_name, read_subject, render_card
+from recipes.card import (
+    CARD_NAME,
+    RUN_KEY,
+    CardArguments,
+    is_hub_name,
+    read_results,
+    read_subject,
+    render_card,
+)
+from recipes.card_metadata import check_languages
 from recipes.domain_report import REPORT_NAME
 from recipes.report import RESULTS_NAME
 
@@ -40,6 +50,7 @@ NAMES |= {PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, TOKENIZER_CONFIG_FILE, FULL_TO
 NAMES |= {SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, "vocab.json", "vocab.txt", "merges.txt", "normalizer.json"}
 NAMES |= {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
 WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+DRAWN = re.compile(r"results\.png|report_\w+\.png")
 PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.png)\)")  # of a card
 
 
@@ -162,12 +173,19 @@ def _explain(error: Exception, api: HfApi) -> str:
     return "`hub_token` must be given to push. Give it, set HF_TOKEN, or run `hf auth login`."
 
 
-def collect_files(folder: str | Path, target: HubTarget) -> dict[str, Path | bytes]:
+def collect_files(
+    folder: str | Path, target: HubTarget, corrections: Mapping[str, object] | None = None
+) -> dict[str, Path | bytes]:
     """
     Returns what of `folder` goes to the Hub, name to file or content: an adapter with its base's name and its code.
 
+    Args:
+        folder: Output folder of a recipe.
+        target: Where it goes.
+        corrections: Fields of the card's [`CardSubject`] that take the place of those noted in the folder.
+
     Raises:
-        ValueError: `folder` holds neither a model nor an adapter.
+        ValueError: `folder` holds neither a model nor an adapter, or links, or its card is none that the Hub takes.
     """
     folder = Path(folder)
     files: dict[str, Path | bytes] = {
@@ -176,11 +194,18 @@ def collect_files(folder: str | Path, target: HubTarget) -> dict[str, Path | byt
     if not files.keys() & {ADAPTER_CONFIG_NAME, CONFIG_NAME}:
         raise ValueError(f"`folder` must hold an adapter or a model, got {folder}. Name the output of a recipe.")
     if subject := read_subject(folder):
+        subject = replace(subject, **(corrections or {}))
+        subject = replace(subject, language=check_languages(subject.language))
         if target.base_model_id:
-            subject = replace(subject, base=target.base_model_id, base_revision=target.base_revision)
-        elif subject.base and not is_hub_name(subject.base):
+            base = {"base": target.base_model_id, "base_revision": target.base_revision, "is_base_on_hub": True}
+            subject = replace(subject, **base)
+        elif not subject.is_base_on_hub:
             subject = replace(subject, base=None)  # a folder here means nothing there
         files[CARD_NAME] = render_card(folder, subject, repository=target.repo_id).encode()
+        results = read_results(folder) | {RUN_KEY: asdict(subject)}
+        files[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
+    elif corrections:
+        raise ValueError(f"`folder` must have a card that a recipe wrote to correct it, got none in {folder}.")
     elif CARD_NAME not in files:
         logger.warning("%s has no %s; the repository gets no card.", folder, CARD_NAME)
     if ADAPTER_CONFIG_NAME in files:
@@ -188,7 +213,7 @@ def collect_files(folder: str | Path, target: HubTarget) -> dict[str, Path | byt
         config |= {"base_model_name_or_path": target.base_model_id, "revision": target.base_revision}
         files[ADAPTER_CONFIG_NAME] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         files |= adapter_code()
-    files |= {path.name: path for path in _find_code(files)}
+    files |= {path.name: path for path in _find_code(folder, list(files))}
     pictures = PICTURE.findall(_read(files.get(CARD_NAME, b"")).decode())
     files |= {name: find_whole(folder, name) for name in pictures if name in list_whole(folder)}
     if links := sorted(name for name, content in files.items() if isinstance(content, Path) and content.is_symlink()):
@@ -196,16 +221,22 @@ def collect_files(folder: str | Path, target: HubTarget) -> dict[str, Path | byt
     return files
 
 
-def _find_code(files: Mapping[str, Path | bytes]) -> Iterator[Path]:
+def _find_code(folder: Path, names: Iterable[str]) -> Iterator[Path]:
     """Yields the code that the configurations name, and what it imports."""
-    for name, content in files.items():
-        if not name.endswith("config.json"):
-            continue
-        for classes in json.loads(_read(content)).get("auto_map", {}).values():
-            for reference in [classes] if isinstance(classes, str) else classes:
-                entry = content.with_name(f"{(reference or '').split('.')[0]}.py")
-                if entry.is_file():
-                    yield from (entry, *map(Path, get_relative_import_files(entry)))
+    references: list[str] = []
+
+    def note(entries: dict) -> dict:
+        for classes in entries.get("auto_map", {}).values():
+            references.extend([classes] if isinstance(classes, str) else filter(None, classes))
+        return entries
+
+    for name in names:
+        if name.endswith("config.json") and name != ADAPTER_CONFIG_NAME:
+            json.loads(find_whole(folder, name).read_bytes(), object_hook=note)  # parts of a processor have their own
+    for module in sorted({reference.partition(".")[0] for reference in references}):
+        entry = find_whole(folder, f"{module}.py")
+        if entry.is_file():
+            yield from (entry, *map(Path, get_relative_import_files(entry)))
 
 
 def _read(content: Path | bytes) -> bytes:
@@ -217,19 +248,33 @@ def adapter_code() -> dict[str, Path]:
     return {path.name: path for path in find_adapter_code()}
 
 
-def push_folder(folder: str | Path, target: HubTarget) -> str:
+def _list_replaced(there: Iterable[str], files: Mapping[str, object]) -> list[str]:
+    """What an artefact of another kind has left in a repository, and a loader would take for a part of the new one."""
+    code = {path.name for path in Path(modeling.__file__).parent.glob("*.py")}
+    return sorted(
+        name
+        for name in set(there) - files.keys() - {CARD_NAME}
+        if name in NAMES | code or WEIGHTS.fullmatch(name) or DRAWN.fullmatch(name)
+    )
+
+
+def push_folder(folder: str | Path, target: HubTarget, corrections: Mapping[str, object] | None = None) -> str:
     """
     Uploads the finished `folder` in one commit and returns its address.
+
+    The same commit removes what a model or an adapter that was pushed there before leaves over.
 
     Args:
         folder: Output folder of a recipe.
         target: From [`take_hub_target`] or [`check_target`].
+        corrections: As for [`collect_files`].
 
     Raises:
         ValueError: As [`collect_files`]; or the repository is public where a private one is asked for; or the Hub
             refuses or is not there. The folder stays as it is.
     """
-    operations = [CommitOperationAdd(name, content) for name, content in collect_files(folder, target).items()]
+    files = collect_files(folder, target, corrections)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     api = HfApi(token=target.token)
     try:
         api.create_repo(target.repo_id, private=target.is_private, exist_ok=True)
@@ -240,8 +285,15 @@ def push_folder(folder: str | Path, target: HubTarget) -> str:
             )
         if target.revision:
             api.create_branch(target.repo_id, branch=target.revision, exist_ok=True)
+        info = api.model_info(target.repo_id, revision=target.revision)
+        replaced = _list_replaced((sibling.rfilename for sibling in info.siblings), files)
+        if replaced:
+            logger.warning("%s loses what it held before: %s.", target.repo_id, ", ".join(replaced))
+        operations += [CommitOperationDelete(name) for name in replaced]
         message = f"Upload {Path(folder).resolve().name}"
-        commit = api.create_commit(target.repo_id, operations, commit_message=message, revision=target.revision)
+        commit = api.create_commit(
+            target.repo_id, operations, commit_message=message, revision=target.revision, parent_commit=info.sha
+        )
     except (OSError, HTTPError) as error:
         remedy = "The folder is whole; push it with `python -m recipes.hub`."
         raise ValueError(f"{_explain(error, api)} {remedy}") from error
@@ -257,17 +309,26 @@ def parse_command(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hub_revision", help="Branch to push to.")
     parser.add_argument("--hub_base_model_id", help="The adapter's base on the Hub, where it was a folder here.")
     parser.add_argument("--hub_token", help="Token; default: HF_TOKEN or that of `hf auth login`.")
+    parser.add_argument("--language", nargs="+", help="Corrects the card: language codes of the speech.")
+    parser.add_argument("--dataset_licence", help="Corrects the card: licence of the data.")
+    parser.add_argument("--licence", help="Corrects the card: licence of what was trained.")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Pushes a folder that was trained earlier."""
     arguments = parse_command(argv)
+    card = CardArguments(arguments.language, arguments.dataset_licence, arguments.licence)
+    corrections = {name: value for name, value in asdict(card).items() if value is not None}
 
     # Where to
     config_path = arguments.folder / ADAPTER_CONFIG_NAME
     config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-    base = config.get("base_model_name_or_path")
+    subject = read_subject(arguments.folder)
+    if subject and (subject.is_base_on_hub or not subject.base):
+        base = subject.base
+    else:
+        base = None if subject else config.get("base_model_name_or_path")
     is_same_base = arguments.hub_base_model_id in (None, base)
     target = HubTarget(
         arguments.hub_model_id,
@@ -280,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     target = check_target(target, needs_base=bool(config))
 
     # Push
-    print(push_folder(arguments.folder, target))
+    print(push_folder(arguments.folder, target, corrections))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.utils import CONFIG_NAME
 
 from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
@@ -17,6 +16,7 @@ from data.spelling import MAX_CLIP_SECONDS
 from modeling import SpeechAdapterConfig
 from modeling.adapter_files import locate_base
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, save_adapter
+from modeling.files import write_whole
 from recipes.arguments import CorpusArguments, load_split
 from recipes.card import CardArguments, CardSubject, write_card
 from recipes.decoding import evaluate_dataset, load_adapter
@@ -31,6 +31,7 @@ ADAPTER_NAME = "speaker"
 HIDDEN_SIZES = {"mlp": [128, 64], "replacement": [128, 64], "bottleneck": [24]}
 # An adapter larger than this share of the model is a mistake in its sizes.
 MAX_TRAINABLE_SHARE = 0.2
+PICTURE_NAME = "results.png"
 # Value of `speaker_id` that means every speaker of the corpus.
 ALL_SPEAKERS = "all"
 
@@ -103,23 +104,6 @@ class PersonalTrainingArguments(RecipeTrainingArguments):
                 "`early_stopping_patience` needs `load_best_model_at_end` (and `eval_strategy` and `save_strategy` "
                 "epoch), got false. The adapter of the last step would not be the best one."
             )
-
-
-def check_output_dir(output_dir: str, *, is_resumed: bool) -> None:
-    """
-    Makes sure that no adapter is overwritten.
-
-    Raises:
-        ValueError: `output_dir` holds an adapter or a model, and the training is not resumed.
-    """
-    if (Path(output_dir) / CONFIG_NAME).exists():
-        raise ValueError(
-            f"`output_dir` must not hold a model, got {output_dir}. Choose a folder for the adapter alone."
-        )
-    if not is_resumed and (Path(output_dir) / ADAPTER_WEIGHTS_NAME).exists():
-        raise ValueError(
-            f"`output_dir` must not hold another adapter, got {output_dir}. Choose another folder or remove that one."
-        )
 
 
 def add_personal_adapter(
@@ -307,7 +291,8 @@ def describe_run(
         description=f"{what} for one speaker, trained on {seconds:.0f} s of speech.",
         language=card_args.language,
         dataset_licence=card_args.dataset_licence,
-        picture="results.png",
+        licence=card_args.licence,
+        picture=PICTURE_NAME,
     )
 
 
@@ -321,15 +306,20 @@ def save_outcome(
     *,
     adapter_name: str = ADAPTER_NAME,
 ) -> None:
-    """Writes the adapter (or the fine-tuned model), the results, their picture and the card into `folder`."""
-    if personal_args.unfreeze_base:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    else:
-        save_adapter(model, folder, adapter_name, processor=processor)
-        results["adapter_bytes"] = (Path(folder) / ADAPTER_WEIGHTS_NAME).stat().st_size
+    """
+    Writes the adapter (or the fine-tuned model), the processor, the results, their picture and the card into `folder`.
+
+    All of it appears together or not at all.
+    """
     if personal_args.base_eval_speakers:
         results["base_eval_speakers"] = personal_args.base_eval_speakers
-    write_results(folder, results)
-    draw_speakers(Path(folder) / subject.picture, [results])
-    write_card(folder, subject)
+    with write_whole(folder) as scratch:
+        processor.save_pretrained(scratch)
+        if personal_args.unfreeze_base:
+            model.save_pretrained(scratch)
+        else:
+            save_adapter(model, scratch, adapter_name, processor=processor)
+            results["adapter_bytes"] = (scratch / ADAPTER_WEIGHTS_NAME).stat().st_size
+        write_results(scratch, results)
+        draw_speakers(scratch / subject.picture, [results])
+        write_card(scratch, subject, name=Path(folder).resolve().name)

@@ -18,6 +18,7 @@ from recipes.arguments import CorpusArguments, load_split, parse_arguments
 from recipes.cached_training import CacheArguments, FrozenPart
 from recipes.card import CardArguments
 from recipes.hub import push_folder, take_hub_target
+from recipes.output_folder import check_output_dir, claim_output_dir
 from recipes.personal_adapters import (
     ADAPTER_NAME,
     ALL_SPEAKERS,
@@ -26,7 +27,6 @@ from recipes.personal_adapters import (
     PersonalTrainingArguments,
     SpeakerLoader,
     add_personal_adapter,
-    check_output_dir,
     collect_results,
     count_sizes,
     describe_run,
@@ -72,10 +72,22 @@ def plan_model(arguments: tuple) -> PreTrainedModel:
 def main() -> None:
     """Runs the recipe."""
     arguments = parse_arguments(*ARGUMENTS)
-    personal_args, corpus_args, augmentation, cache_args, card_args, training_args = arguments
-    if len(personal_args.speaker_id) > 1 or personal_args.speaker_id == [ALL_SPEAKERS]:
-        return personalize_many(*arguments)
-    check_output_dir(training_args.output_dir, is_resumed=bool(training_args.resume_from_checkpoint))
+    speakers = arguments[0].speaker_id
+    with claim_output_dir(arguments[-1]):
+        (personalize_many if len(speakers) > 1 or speakers == [ALL_SPEAKERS] else personalize)(*arguments)
+
+
+def personalize(
+    personal_args: PersonalArguments,
+    corpus_args: CorpusArguments,
+    augmentation: RecipeAugmentation,
+    cache_args: CacheArguments,
+    card_args: CardArguments,
+    training_args: PersonalTrainingArguments,
+) -> None:
+    """Trains one speaker's adapter, or the whole model, and writes what has come of it."""
+    is_resumed = bool(training_args.resume_from_checkpoint)
+    check_output_dir(training_args.output_dir, is_resumed=is_resumed, is_model=personal_args.unfreeze_base)
     base = None if personal_args.unfreeze_base else personal_args.model_name_or_path
     hub_target = take_hub_target(training_args, base=base, base_model_id=personal_args.hub_base_model_id)
     set_seed(training_args.seed)
@@ -116,7 +128,7 @@ def main() -> None:
     # Evaluate and save
     results = collect_results(data, base_scores, score(), sizes=count_sizes(model), runtime=runtime)
     if not trainer.is_world_process_zero():
-        return None
+        return
     subject = describe_run(personal_args, corpus_args, card_args, hub_target, data.train.seconds)
     save_outcome(model, processor, personal_args, subject, training_args.output_dir, results)
     print_results(results)
@@ -124,7 +136,6 @@ def main() -> None:
     # Push
     if hub_target:
         print(push_folder(training_args.output_dir, hub_target))
-    return None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import mean
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch.utils.data import Dataset
 from transformers import AutoModelForCTC, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_utils import IntervalStrategy
@@ -17,32 +18,36 @@ from transformers.trainer_utils import IntervalStrategy
 from data.augmentation import Augmentation
 from data.text import set_language
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off
+from modeling.files import find_whole
 from recipes.arguments import CorpusArguments
 from recipes.cached_training import CacheArguments, FrozenPart
-from recipes.card import CardArguments
+from recipes.card import CARD_NAME, RUN_KEY, CardArguments, read_results
 from recipes.decoding import evaluate_dataset
+from recipes.output_folder import check_output_dir
 from recipes.personal_adapters import (
     ALL_SPEAKERS,
     MAX_TRAINABLE_SHARE,
+    PICTURE_NAME,
     PersonalArguments,
     PersonalTrainingArguments,
     SpeakerData,
     SpeakerLoader,
     add_personal_adapter,
-    check_output_dir,
     collect_results,
     count_sizes,
     describe_run,
     save_outcome,
     score_datasets,
 )
-from recipes.report import draw_speakers, find_rate, format_table, write_results
+from recipes.report import RESULTS_NAME, draw_speakers, find_rate, format_table, write_results
 from recipes.speaker_folders import name_folders
 from recipes.stacked import StackMember, check_stackable, find_blocks, train_stack
 from recipes.trainer import AdapterTrainer, check_trainable
 
 logger = logging.getLogger(__name__)
 
+# What a speaker's folder holds once the speaker is finished.
+OUTCOME = (ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME)
 # Pairs of bars that fit a picture.
 MAX_DRAWN = 24
 
@@ -67,7 +72,9 @@ def check_many(personal_args: PersonalArguments, training_args: PersonalTraining
 
 def list_unfinished(folders: Mapping[str, str], output_dir: str, *, is_resumed: bool) -> list[str]:
     """
-    Returns the speakers without an adapter in `output_dir`.
+    Returns the speakers without an adapter in `output_dir`, or without its results, picture or card.
+
+    The first process looks, for all: another one that is late would find what has been made since.
 
     Args:
         folders: The name of each speaker's folder there.
@@ -77,13 +84,21 @@ def list_unfinished(folders: Mapping[str, str], output_dir: str, *, is_resumed: 
     Raises:
         ValueError: A speaker has an adapter there and the run is not resumed.
     """
-    unfinished = []
-    for speaker, name in folders.items():
-        folder = Path(output_dir) / name
-        check_output_dir(str(folder), is_resumed=is_resumed)
-        if not (folder / ADAPTER_WEIGHTS_NAME).exists():
-            unfinished.append(speaker)
-    return unfinished
+    unfinished = [[]]
+    if PartialState().is_main_process:
+        for speaker, name in folders.items():
+            folder = Path(output_dir) / name
+            check_output_dir(folder, is_resumed=is_resumed)
+            if not all(find_whole(folder, part).is_file() for part in OUTCOME):
+                unfinished[0].append(speaker)
+    broadcast_object_list(unfinished)
+    return unfinished[0]
+
+
+def read_finished(folders: Mapping[str, str], output_dir: str) -> list[dict]:
+    """Returns the results of speakers of earlier runs, as [`StackRunner`] gives them."""
+    rows = [read_results(Path(output_dir) / name) | {"folder": name} for name in folders.values()]
+    return [{key: value for key, value in row.items() if key != RUN_KEY} for row in rows]
 
 
 def split_stacks(speakers: Sequence[str], size: int) -> Iterator[list[str]]:
@@ -261,7 +276,7 @@ def personalize_many(
 
     The folder has the speaker's name where that may be a folder's; `eval_results.json` names all of them.
 
-    With `resume_from_checkpoint`, speakers that have an adapter are left as they are.
+    With `resume_from_checkpoint`, speakers that are finished are left as they are, and reported with the others.
 
     Raises:
         ValueError: A speaker or everybody lacks data, or the arguments make sense for one speaker only.
@@ -290,11 +305,13 @@ def personalize_many(
     with state.split_between_processes(speakers) as own:
         for stack in split_stacks(own, personal_args.speakers_per_stack):
             rows += runner.run(stack)
-    rows = sorted(gather_object(rows), key=lambda row: row["speaker_id"])
-    if speakers and not rows:
+    rows = gather_object(rows)
+    finished = {speaker: name for speaker, name in folders.items() if speaker not in speakers}
+    if not rows and not finished:
         raise ValueError("`speaker_id` all must find a speaker whose data can be used, got none: see the warnings.")
-    if not state.is_main_process or not rows:
+    if not state.is_main_process:
         return
+    rows = sorted(rows + read_finished(finished, training_args.output_dir), key=lambda row: row["speaker_id"])
     write_results(training_args.output_dir, summarize(rows))
-    draw_speakers(Path(training_args.output_dir) / "results.png", rows[:MAX_DRAWN])
+    draw_speakers(Path(training_args.output_dir) / PICTURE_NAME, rows[:MAX_DRAWN])
     print(format_rows(rows))

@@ -34,6 +34,7 @@ from recipes.arguments import CorpusArguments, load_split, parse_arguments
 from recipes.card import CardArguments, CardSubject, write_card
 from recipes.decoding import evaluate_dataset
 from recipes.hub import push_folder, take_hub_target
+from recipes.output_folder import check_output_dir, claim_output_dir
 from recipes.report import print_results, write_results
 from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
 
@@ -209,6 +210,7 @@ def describe_run(
         description=f"DeepSpeech2 recogniser, trained with CTC{hours}.",
         language=card_args.language,
         dataset_licence=card_args.dataset_licence,
+        licence=card_args.licence,
     )
 
 
@@ -224,7 +226,20 @@ def plan_model(arguments: tuple) -> DeepSpeech2ForCTC:
 
 def main() -> None:
     """Runs the recipe."""
-    model_args, corpus_args, augmentation, card_args, training_args = parse_arguments(*ARGUMENTS)
+    arguments = parse_arguments(*ARGUMENTS)
+    with claim_output_dir(arguments[-1]):
+        train(*arguments)
+
+
+def train(
+    model_args: ModelArguments,
+    corpus_args: TrainingCorpusArguments,
+    augmentation: RecipeAugmentation,
+    card_args: CardArguments,
+    training_args: CTCTrainingArguments,
+) -> None:
+    """Trains a recogniser and writes what has come of it; a model of an earlier run is replaced."""
+    check_output_dir(training_args.output_dir, is_resumed=True, is_model=True)
     check_streaming(corpus_args, training_args)
     hub_target = take_hub_target(training_args)
     set_seed(training_args.seed)

@@ -11,43 +11,60 @@ from modeling.files import write_whole
 
 EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.fsync", "shutil.rmtree"}
 KILLED = 9
+NUM_LAST = 24
 
 
-def kill_at_every_event(act: Callable[[], None], check: Callable[[], None], *, prepare: Callable[[], None]) -> int:
+def kill_at_every_event(
+    act: Callable[[], None], check: Callable[[], None], *, prepare: Callable[[], None], stride: int = 1
+) -> int:
     """
     Runs `act` in a child that ends before its first file event, in another that ends before its second, and so on.
 
     Args:
         act: What is killed; it must use one thread.
-        check: Called after each child, the one that was not killed among them; raises if something is wrong.
+        check: Called after each child, the last of which is not killed; raises if something is wrong.
         prepare: Called before each child.
+        stride: Kill at every so many events only, but at each of the last `NUM_LAST`, in which files get their names.
 
     Returns:
         The number of kills.
     """
-    number = 0
-    while True:
+    prepare()
+    num_events = _run_child(act, None)
+    numbers = sorted({*range(0, num_events, stride), *range(max(0, num_events - NUM_LAST), num_events)})
+    for number in numbers:
         prepare()
-        child = os.fork()
-        if not child:
-            _run_child(act, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code in (0, KILLED), f"the child failed at event {number}"
+        _run_child(act, number)
         check()
-        if code == 0:
-            return number
-        number += 1
+    prepare()
+    _run_child(act, None)
+    check()
+    return len(numbers)
 
 
-def _run_child(act: Callable[[], None], number: int) -> None:
-    num_left, sync = number, os.fsync
+def _run_child(act: Callable[[], None], number: int | None) -> int:
+    """Returns the number of events of a child, which ends before the one of `number`, if it has one."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        _act_and_end(act, number, writer)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        counted = file.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (0 if number is None else KILLED), f"the child failed before event {number}"
+    return int(counted or number)
+
+
+def _act_and_end(act: Callable[[], None], number: int | None, writer: int) -> None:
+    num_events, sync = 0, os.fsync
 
     def count(event: str, arguments: tuple) -> None:
-        nonlocal num_left
+        nonlocal num_events
         if event in EVENTS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-            num_left -= 1
-            if num_left < 0:
+            if num_events == number:
                 os._exit(KILLED)
+            num_events += 1
 
     def audited_sync(file: int) -> None:
         sys.audit("os.fsync")
@@ -59,6 +76,7 @@ def _run_child(act: Callable[[], None], number: int) -> None:
         os.fsync = audited_sync
         sys.addaudithook(count)
         act()
+        os.write(writer, str(num_events).encode())
         code = 0
     finally:
         os._exit(code)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -165,18 +166,19 @@ def test_a_save_killed_at_any_event_leaves_whole_checkpoints_only(make, saved, m
 
     def prepare() -> None:
         shutil.rmtree(saved / "checkpoint-8", ignore_errors=True)
+        write_results(saved, {})  # any writer cleans
 
     def check() -> None:
         assert all(sorted(path.name for path in folder.iterdir()) == names for folder in list_checkpoints(saved))
         newest.append(list_checkpoints(saved)[0].name)
         assert newest[-1] in ("checkpoint-6", "checkpoint-8")
 
-    num_kills = kill_at_every_event(lambda: trainer._save_checkpoint(trainer.model, None), check, prepare=prepare)
+    save = partial(trainer._save_checkpoint, trainer.model, None)
+    num_kills = kill_at_every_event(save, check, prepare=prepare, stride=4)
 
     assert newest == sorted(newest)
-    assert num_kills > newest.count("checkpoint-6") > 20
-    write_results(saved, {})
-    assert [path.name for path in saved.iterdir() if path.name.startswith(".")] == []  # the next writer cleans
+    assert num_kills > newest.count("checkpoint-6") > 10
+    assert [path.name for path in saved.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("configs", [(), None], ids=["adapter", "whole model"])

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants
 from kills import leave_pending
 from minihub import MiniHub
 from readme import find_commands, find_example
-from transformers import AutoModelForCTC, WhisperConfig, WhisperForConditionalGeneration
+from transformers import AutoModelForCTC, AutoProcessor, WhisperConfig, WhisperForConditionalGeneration
 
 from modeling import SpeechAdapterConfig
 from modeling.adapters import find_active_adapters, save_adapter
@@ -112,11 +112,12 @@ def arguments(tmp_path):
     return lambda **flags: RecipeTrainingArguments(str(tmp_path / "out"), use_cpu=True, push_to_hub=True, **flags)
 
 
-def test_adapter_repository_holds_weights_card_picture_and_code_and_nothing_of_the_training(hub, trained):
+def test_adapter_repository_holds_weights_card_picture_and_code_and_nothing_of_the_training(hub, trained, tmp_path):
     assert (trained / "checkpoint-3" / "training_args.bin").is_file()
     names = read_repository(hub, "me/ann").keys()
     others = {"adapter_config.json", "adapter_model.safetensors", "README.md", "eval_results.json", "results.png"}
-    assert names == others | adapter_code().keys()
+    AutoProcessor.from_pretrained(trained).save_pretrained(tmp_path)
+    assert names == others | adapter_code().keys() | {path.name for path in tmp_path.iterdir()}
     assert names >= ADAPTER_CODE
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCTC
+from transformers import AutoModelForCTC, AutoProcessor
 
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from recipes.personal_adapters import HIDDEN_SIZES
@@ -38,13 +38,17 @@ def test_personalize_writes_the_adapter_alone_and_leaves_the_base_as_it_was(pers
     base_before = read_folder(small_base)
     output_dir = personalize(tmp_path / "ann", "--adapter_kind", kind)
     assert read_folder(small_base) == base_before
+    AutoProcessor.from_pretrained(small_base).save_pretrained(tmp_path / "processor")
+    processor_files = {path.name for path in (tmp_path / "processor").iterdir()}
     assert {path.name for path in output_dir.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
         "README.md",
         "eval_results.json",
         "results.png",
+        *processor_files,
     }
+    assert {"processor_config.json", "vocab.json"} <= processor_files
     tensors = load_file(output_dir / "adapter_model.safetensors")
     assert tensors
     assert all("speech_adapter_blocks" in name for name in tensors)

@@ -8,16 +8,23 @@ import shutil
 import subprocess
 import sys
 from ast import literal_eval
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from kills import kill_at_every_event
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
+from modeling import SpeechAdapterConfig
+from modeling.files import list_whole
+from recipes.card import CardSubject
+from recipes.personal_adapters import PersonalArguments, save_outcome
 from recipes.personalize import main
+from recipes.personalize_many import list_unfinished, read_finished
 from recipes.stacked import StackMember, train_stack
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +212,80 @@ def test_personalize_all_leaves_finished_speakers_as_they_are_when_resumed(perso
     assert (again / "ann" / WEIGHTS).stat().st_mtime_ns == before
     assert (again / "ben" / WEIGHTS).is_file()
     assert_close(together, again / "ann", atol=1e-4)
+
+
+@pytest.mark.parametrize("lost", ["eval_results.json", "README.md", "results.png", "adapter_config.json", WEIGHTS])
+def test_personalize_all_completes_a_speaker_that_lacks_a_part_and_reports_all(personalize, lost):
+    folder = personalize("both", "all")
+    before = json.loads((folder / "eval_results.json").read_text())
+    copied = Path(shutil.copytree(folder / "ben", folder.parent / "ben_before"))
+    (folder / "ben" / lost).unlink()
+    for name in ("eval_results.json", "results.png"):
+        (folder / name).unlink()
+    ann = (folder / "ann" / WEIGHTS).stat().st_mtime_ns
+
+    personalize("both", "all", flags=("--resume_from_checkpoint", "true"))
+
+    assert (folder / "ben" / lost).is_file()
+    assert (folder / "ann" / WEIGHTS).stat().st_mtime_ns == ann
+    assert_close(folder / "ben", copied, atol=1e-4)
+    after = json.loads((folder / "eval_results.json").read_text())
+    for row in before["speakers"] + after["speakers"]:
+        row.pop("train_runtime")
+        row.pop("adapter_bytes")
+    assert after == before
+    assert (folder / "results.png").is_file()
+
+
+def test_personalize_all_reports_everybody_when_nobody_is_left_to_train(personalize):
+    folder = personalize("both", "all")
+    before = (folder / "eval_results.json").read_bytes()
+    (folder / "eval_results.json").unlink()
+    personalize("both", "all", flags=("--resume_from_checkpoint", "true"))
+    assert (folder / "eval_results.json").read_bytes() == before
+
+
+def test_a_late_process_trains_its_share_though_others_have_finished_theirs(personalize, monkeypatch):
+    folder = personalize("both", "all")  # what the others have finished by now
+    names = {"ann": "ann", "ben": "ben"}
+    assert list_unfinished(names, str(folder), is_resumed=True) == []
+
+    def receive(values: list) -> None:
+        values[0] = ["ann", "ben"]  # what the first process had found
+
+    monkeypatch.setattr("recipes.personalize_many.broadcast_object_list", receive)
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", False)
+    assert list_unfinished(names, str(folder), is_resumed=True) == ["ann", "ben"]
+
+
+def test_a_speaker_killed_at_any_event_of_a_save_is_unfinished_or_whole(
+    tiny_model, tiny_processor, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("os.fsync", lambda _file: None)  # an event all the same
+    tiny_model.add_adapter(SpeechAdapterConfig(kind="mlp", hidden_sizes=[8]), "speaker")
+    rates = {f"{state}_{rate}": 0.5 for state in ("base", "eval") for rate in ("wer", "cer")}
+    sizes = {"trainable_parameters": 1, "total_parameters": 2, "train_seconds": 1.0, "train_runtime": 1.0}
+    subject = CardSubject("me/corpus", "test", "Speech adapter.", base="me/base", picture="results.png")
+    personal_args = PersonalArguments("me/base", ["ann"])
+    unfinished = []
+
+    def save() -> None:
+        results = {**rates, **sizes, "speaker_id": "ann"}
+        save_outcome(tiny_model, tiny_processor, personal_args, subject, tmp_path / "ann", results)
+
+    def check() -> None:
+        unfinished.append(list_unfinished({"ann": "ann"}, str(tmp_path), is_resumed=True))
+        if unfinished[-1]:
+            assert not [path for path in (tmp_path / "ann").glob("[!.]*")]
+        else:
+            assert len(list_whole(tmp_path / "ann")) > 5
+            assert read_finished({"ann": "ann"}, str(tmp_path))[0]["eval_wer"] == 0.5
+
+    clean = partial(shutil.rmtree, tmp_path / "ann", ignore_errors=True)
+    num_kills = kill_at_every_event(save, check, prepare=clean, stride=40)
+    assert unfinished == sorted(unfinished, reverse=True)
+    assert num_kills > unfinished.count(["ann"]) > 5
+    assert unfinished.count([]) > 5
 
 
 def test_personalize_all_refuses_to_overwrite_a_speaker(personalize):
