@@ -236,13 +236,17 @@ def _measure_samples(stated: int, available: int, head_bytes: int, name: str) ->
 def _write_header(file, start: int, chunks: list[_Chunk], data: _Chunk, size: int, layout: _Layout) -> bytes:
     """Returns what stands before the samples, with their size, for libsndfile."""
     magic, sized = _read_at(file, start, layout.first_chunk), struct.Struct(layout.size_format)
-    head = layout.data_id + sized.pack(min(size + layout.counted_bytes, 2 ** (8 * sized.size - 1) - 1))
+    is_large = sized.size == 4 and size >= 2**32  # RF64 states it in a chunk of its own
+    head = layout.data_id + sized.pack(2**32 - 1 if is_large else size + layout.counted_bytes)
     if layout.data_id != b"data" or layout.first_chunk != 12:
         before = _read_at(file, start, data.start - start - layout.head_bytes)
         return before + head
     wanted = [chunk for chunk in chunks if chunk.name in (b"fmt ", b"fact") and chunk.size < 2**16]
     kept = [chunk.name + sized.pack(chunk.size) + _read_at(file, chunk.start, chunk.size) for chunk in wanted]
     kept = [chunk + b"\0" * (len(chunk) % 2) for chunk in kept]
+    if is_large and magic[:4] != b"RIFX":
+        large = b"ds64" + struct.pack("<IQQQI", 28, size + 2**16, size, 0, 0)
+        return b"".join([b"RF64\xff\xff\xff\xffWAVE", large, *kept, head])
     magic = magic if magic[:4] == b"RIFX" else b"RIFF" + magic[4:]
     return b"".join([magic, *kept, head])
 

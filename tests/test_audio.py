@@ -1,7 +1,12 @@
 """Recordings are read alike from every source, and bad ones are refused by name."""
 
 import doctest
+import errno
+import io
+import os
+import pty
 import struct
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import soundfile
 
 import data.audio
 from data.audio import SAMPLING_RATE, AudioError, audio_seconds, check_audio, read_audio, stream_audio
+from data.audio_decoders import iterate_blocks
 
 
 def make_tone(seconds: float, sampling_rate: int = SAMPLING_RATE, frequency: float = 440.0) -> np.ndarray:
@@ -104,6 +110,59 @@ def test_read_audio_names_a_missing_file(tmp_path):
 def test_read_audio_refuses_a_folder(tmp_path):
     with pytest.raises(AudioError, match="must be a file"):
         read_audio(tmp_path)
+
+
+@pytest.fixture
+def forbidden_path(tone_path):
+    """A file that this process may not read, though it may be root's."""
+    tone_path.chmod(0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    yield tone_path
+    if is_root:
+        os.seteuid(0)
+
+
+def test_read_audio_names_a_file_that_may_not_be_read(forbidden_path):
+    with pytest.raises(AudioError, match=r"`.*tone\.wav` must be a file that can be read, got \(Permission denied\)"):
+        read_audio(forbidden_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("n" * 300, r"`\.\.\.n{200}` must be a file that can be read, got \(File name too long\)"),
+        ("a\0b.wav", "must be a file, got a name with a zero byte"),
+        ("/dev/zero", "must be a file, got a device"),
+    ],
+)
+def test_read_audio_refuses_names_that_no_recording_has(name, message):
+    with pytest.raises(AudioError, match=message):
+        read_audio(name)
+
+
+def test_read_audio_refuses_a_terminal_in_place_of_standard_input(monkeypatch):
+    master, terminal = pty.openpty()
+    with os.fdopen(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(AudioError, match="`-` must be audio on standard input, got a terminal. Pipe a recording"):
+            read_audio("-")
+    os.close(master)
+
+
+class _Failing(io.BytesIO):
+    """A file on a disk that fails behind its first 4 kB."""
+
+    def read(self, size=-1):
+        if self.tell() >= 4096:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size)
+
+
+def test_decoding_names_a_file_whose_disk_fails(tone_path):
+    with pytest.raises(AudioError, match=r"`tone` must be readable to its end, got .*Input/output error"):
+        list(iterate_blocks(_Failing(tone_path.read_bytes()), "tone"))
 
 
 def test_read_audio_names_an_empty_file(tmp_path):

@@ -10,6 +10,7 @@ import soxr
 from audio_files import encode, make_sound, read_both_ways
 
 from data.audio import AudioError, read_audio
+from data.audio_layout import find_parts
 from data.mpeg_frames import find_mpeg_streams
 
 SOUND = make_sound()
@@ -43,6 +44,17 @@ def test_a_wav_that_states_no_size_is_read_to_its_end(size, riff_size):
     content = patch(content, data + 4, struct.pack("<I", size))
     content = content if riff_size is None else patch(content, 4, struct.pack("<I", riff_size))
     np.testing.assert_array_equal(read_both_ways(content), read_audio(wav()[0]))
+
+
+@pytest.mark.parametrize(("stated", "num_bytes"), [(1_000, 2**32 + 1_000), (0, 2**32 + 1_000), (0, 3 * 2**30)])
+def test_a_wav_of_gigabytes_whose_size_ran_over_is_whole(tmp_path, stated, num_bytes):
+    content, data = wav()
+    with (tmp_path / "long.wav").open("w+b") as file:  # sparse: nothing of it is read here
+        file.write(patch(content[: data + 8], data + 4, struct.pack("<I", stated)))
+        file.write(b"\1" * 3_000)
+        file.truncate(data + 8 + num_bytes)
+        (part,) = find_parts(file, "long.wav")
+        assert soundfile.info(part.window).frames == num_bytes // 2
 
 
 def test_an_empty_wav_with_a_tag_behind_its_samples_stays_empty():
