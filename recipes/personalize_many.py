@@ -247,8 +247,9 @@ def summarize(rows: Sequence[dict]) -> dict:
 
 
 def format_rows(rows: Sequence[dict]) -> str:
-    """Returns one line a speaker, with the rate that judges them."""
+    """Returns one line a speaker, with the rate that judges them, and folders where they have other names."""
     rate = find_rate(rows)
+    has_folders = any(row.get("folder", row["speaker_id"]) != row["speaker_id"] for row in rows)
     return format_table(
         [
             {
@@ -257,6 +258,7 @@ def format_rows(rows: Sequence[dict]) -> str:
                 f"{rate.upper()} before": f"{row[f'base_{rate}']:.1%}",
                 "after": f"{row[f'eval_{rate}']:.1%}",
                 "training": f"{row['train_runtime']:.1f} s",
+                **({"folder": row.get("folder", row["speaker_id"])} if has_folders else {}),
             }
             for row in rows
         ]

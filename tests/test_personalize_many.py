@@ -329,7 +329,7 @@ def rename_speakers(corpus: Path, folder: Path, names: dict[str, str], *, keep=b
     return folder
 
 
-def test_personalize_all_trains_any_id_into_a_folder_of_its_own(personalize, small_corpus, tmp_path):
+def test_personalize_all_trains_any_id_into_a_folder_of_its_own(personalize, small_corpus, tmp_path, capsys):
     names = {"ann": "../x", "ben": "\u0928\u0940\u0924\u093e"}
     corpus = rename_speakers(small_corpus, tmp_path / "renamed", names)
     together = personalize("all", "all", flags=("--dataset", corpus))
@@ -342,6 +342,8 @@ def test_personalize_all_trains_any_id_into_a_folder_of_its_own(personalize, sma
         )
         assert (together / row["folder"] / WEIGHTS).is_file()
     assert not (tmp_path / "x").exists()
+    table = capsys.readouterr().out
+    assert [row["folder"] for row in rows if row["folder"] not in table] == []
 
 
 def test_personalize_all_names_the_speakers_that_it_leaves_out(personalize, small_corpus, tmp_path, caplog):
