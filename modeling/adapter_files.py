@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -309,8 +310,8 @@ def _find_files(path_or_repo: str | Path, hub_kwargs: Mapping[str, object]) -> t
         paths = [cached_file(str(path_or_repo), name, **options) for name in (CONFIG_NAME, ADAPTER_WEIGHTS_NAME)]
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`adapter` must be an adapter of this base, got {path_or_repo}, which is no folder and no repository "
-            f"with {CONFIG_NAME} and {ADAPTER_WEIGHTS_NAME} ({shorten(error)}). {_advise(error)}"
+            f"`adapter` must be an adapter of this base, got {path_or_repo}, which is no folder and no repository to be read "
+            f"with {CONFIG_NAME} and {ADAPTER_WEIGHTS_NAME} ({shorten(' '.join(str(error).split()))}). {_advise(error)}"
         ) from error
     return Path(paths[0]), Path(paths[1])
 
@@ -340,7 +341,7 @@ def _advise(error: BaseException | None) -> str:
         return "Correct the name; if it is private, log in (`hf auth login`) or give `token` of somebody with access."
     if any(isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403) for cause in causes):
         return "The Hub refused the token; log in again (`hf auth login`) or give another `token`."
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+    if constants.HF_HUB_OFFLINE:
         return "It is not in the cache and HF_HUB_OFFLINE is set: go online once, or correct the name."
     if any(isinstance(cause, (LocalEntryNotFoundError, ConnectionError, TimeoutError)) for cause in causes):
         return "It is not in the cache and the Hub cannot be reached: go online, or correct the name."

@@ -30,7 +30,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from .active_adapters import check_adapter_name, find_adapter_layers, is_adapter_parameter
 from .adapter_files import FINGERPRINT_ENTRY, MISMATCH_ENTRY, SavedAdapter, name_on_disk, read_adapter, shorten
 from .adapter_probe import check_effect
-from .base_weights import changes_base, find_hooks, find_weights
+from .base_weights import changes_base, find_device, find_hooks, find_weights
 from .fingerprint import check_fingerprints, find_version, fingerprint_base, fingerprint_processor, list_differences
 from .module_patterns import bounded_patterns
 
@@ -227,8 +227,12 @@ def _inject_beside_offloaded(
         device = getattr(hooks.get(id(layer)), "execution_device", None)
         if device is not None and isinstance(layer, BaseTunerLayer):
             layer._move_adapter_to_device_of_base_layer(adapter_name, torch.device(device))
-    for key, parameter in model.named_parameters():
+    for key, parameter in list(model.named_parameters()):
         if _is_of_adapter(key, adapter_name):
+            if parameter.is_meta:  # a fresh LoRA is sent where its base is: nowhere
+                parent, _, child = key.rpartition(".")
+                parameter = nn.Parameter(torch.empty_like(parameter, device=find_device(model)))
+                setattr(model.get_submodule(parent), child, parameter)
             name = name_on_disk(key.replace(f".{adapter_name}", "", 1))
             if name not in tensors:
                 raise _wrong_tensors(saved, name)
@@ -239,7 +243,8 @@ def _inject_beside_offloaded(
         model.eval()
         for layer in find_adapter_layers(model):
             layer.requires_grad_(False)
-    return LoadStateDictInfo(set(), set(), set(), error_msgs=[], conversion_errors={})
+    names = ("missing_keys", "unexpected_keys", "skipped_pp_keys", "mismatched_keys")
+    return LoadStateDictInfo(**{name: set() for name in names}, error_msgs=[], conversion_errors={})
 
 
 def check_finite(saved: SavedAdapter, model: nn.Module, adapter_name: str) -> None:

@@ -133,6 +133,8 @@ class SpeechAdapterModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+        if any(parameter.is_meta for parameter in layer.speech_adapter_blocks[adapter_name].parameters()):
+            layer.update_layer(adapter_name, peft_config)  # PEFT has sent it where an offloaded base is: nowhere
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -237,6 +237,7 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
                 "`adapter_names` must come with `frozen_states`, got none. With features, use `adapter_rows`."
             )
         lengths = self._get_input_lengths(input_features, attention_mask)
+        input_features = input_features.to(self.dtype)  # features are fp32, whatever the checkpoint was saved in
         input_features = mask_frames(input_features.mT, lengths).mT  # the first convolution looks 5 frames ahead
         lengths = get_output_lengths(lengths).cpu()  # packing wants lengths on the CPU
         hidden_states = tuple(self.encoder(input_features, lengths))

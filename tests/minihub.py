@@ -66,6 +66,7 @@ class MiniHub:
     def __init__(self, *, user: str = "me", token: str = "hf_minihub"):
         self.user, self.token, self.is_down = user, token, False
         self.repositories: dict[tuple[str, str], Repository] = {}
+        self.gated: set[str] = set()  # names of repositories that nobody has been given access to
         self.blobs: dict[str, bytes] = {}
         self.log: list[tuple[str, str, int]] = []  # method, path and status of every request
         self._lock = threading.RLock()
@@ -124,6 +125,8 @@ class MiniHub:
         if not repository or (repository.is_private and "Authorization" not in request.headers):
             # One answer for both, so that nobody learns that a private repository exists.
             raise HubError(404, "RepoNotFound", "Repository not found")
+        if request.arguments["repo_id"] in self.gated and "/resolve/" in request.path:
+            raise HubError(403, "GatedRepo", "Access to this model is restricted")
         return repository
 
     def _whoami(self, _: Request) -> Response:

@@ -1,18 +1,22 @@
 """Whichever way an adapter is loaded by, it goes on its own base alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from stock_models import add_trained, configure, make_whisper
 from test_clean_process import BLOCKER
-from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGeneration
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration
 
-from modeling import save_adapter
+from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
 from modeling.adapters import save_adapter_code
+from recipes.decoding import load_recognizer, recognize_batch
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,13 @@ def load_second_into_peft_model(folder, base, adapter):
 
 # PEFT asks transformers for a name that it gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-DOORS = [load_by_model, load_from_pretrained, load_peft_model, load_second_into_peft_model]
+
+
+def load_auto_peft_model(folder, _base, adapter):
+    return AutoPeftModel.from_pretrained(str(folder / adapter))
+
+
+DOORS = [load_by_model, load_from_pretrained, load_peft_model, load_second_into_peft_model, load_auto_peft_model]
 
 
 @pytest.mark.parametrize("load", DOORS)
@@ -90,7 +100,7 @@ def test_a_refused_second_adapter_leaves_no_trace_in_a_stock_model(saved):
 
 CLEAN = """
 import torch
-from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGeneration
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 get_class_from_dynamic_module("adapters.SpeechAdapterConfig", "adapter")
@@ -116,3 +126,49 @@ def test_a_process_without_this_project_refuses_another_base_too(saved, tmp_path
         assert report[door][0] == "ValueError"
         assert "must be used with the base that it was made for" in report[door][1]
     assert report["ours"] == []
+
+
+def test_auto_peft_model_finds_a_base_that_is_not_of_transformers(tiny_base, tmp_path):
+    model = DeepSpeech2ForCTC.from_pretrained(tiny_base)
+    model.add_adapter(LoraConfig(target_modules=["classifier.1"], r=2, init_lora_weights=False), "low")
+    features = torch.randn(1, 20, 16)
+    expected = model.eval()(features).logits
+    save_adapter(model, tmp_path)
+    loaded = AutoPeftModel.from_pretrained(str(tmp_path))
+    assert torch.equal(loaded.eval()(features).logits, expected)
+
+
+def test_a_local_base_is_kept_as_an_absolute_path_that_is_no_name_on_the_hub(tiny_base, tmp_path, monkeypatch):
+    (tmp_path / "outputs").mkdir()
+    shutil.copytree(tiny_base, tmp_path / "outputs" / "base")
+    monkeypatch.chdir(tmp_path)
+    for config in (SpeechAdapterConfig(kind="mlp"), LoraConfig(target_modules=["classifier.1"])):
+        model = DeepSpeech2ForCTC.from_pretrained("outputs/base")
+        model.add_adapter(config, "ann")
+        save_adapter(model, tmp_path / "adapter")
+        name = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert name == str(tmp_path / "outputs" / "base")
+        with pytest.raises(HFValidationError):
+            validate_repo_id(name)
+        model = get_peft_model(DeepSpeech2ForCTC.from_pretrained("outputs/base"), SpeechAdapterConfig(kind="mlp"))
+    model.save_pretrained(tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "outputs" / "base")
+
+
+@torch.no_grad()
+def test_a_checkpoint_saved_in_half_precision_hears_with_adapters_of_the_whole_one(tiny_base, tiny_adapters, tmp_path):
+    features = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0))
+    whole = DeepSpeech2ForCTC.from_pretrained(tiny_base).eval()
+    whole.load_adapter(tiny_adapters["bob"], "bob")
+    for dtype in (torch.bfloat16, torch.float16):
+        DeepSpeech2ForCTC.from_pretrained(tiny_base, dtype=dtype).save_pretrained(tmp_path)
+        AutoProcessor.from_pretrained(tiny_base).save_pretrained(tmp_path)
+        model, _ = load_recognizer(str(tmp_path), {"bob": tiny_adapters["bob"]})
+        assert model.classifier[1].weight.dtype == dtype
+        batch = {"input_features": features, "attention_mask": torch.ones(2, 30, dtype=torch.long)}
+        for row, expected in zip(
+            recognize_batch(model, batch, as_log_probs=True), whole(features).logits, strict=True
+        ):
+            difference = torch.from_numpy(row) - expected.log_softmax(-1)
+            assert difference.abs().mean() < 0.02 * expected.log_softmax(-1).abs().mean()
