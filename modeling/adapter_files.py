@@ -309,9 +309,10 @@ def _find_files(path_or_repo: str | Path, hub_kwargs: Mapping[str, object]) -> t
         options["revision"] = resolve_revision(str(path_or_repo), options.get("revision"), **for_revision)
         paths = [cached_file(str(path_or_repo), name, **options) for name in (CONFIG_NAME, ADAPTER_WEIGHTS_NAME)]
     except (OSError, ValueError) as error:
+        reason = shorten(" ".join(str(error).split()))
         raise ValueError(
-            f"`adapter` must be an adapter of this base, got {path_or_repo}, which is no folder and no repository to be read "
-            f"with {CONFIG_NAME} and {ADAPTER_WEIGHTS_NAME} ({shorten(' '.join(str(error).split()))}). {_advise(error)}"
+            f"`adapter` must be an adapter of this base, got {path_or_repo}, which is no folder and no repository to "
+            f"be read with {CONFIG_NAME} and {ADAPTER_WEIGHTS_NAME} ({reason}). {_advise(error)}"
         ) from error
     return Path(paths[0]), Path(paths[1])
 
