@@ -63,6 +63,11 @@ def get_output_lengths(input_lengths: torch.Tensor) -> torch.Tensor:
     return (input_lengths + 2 * 5 - 11) // 2 + 1
 
 
+# In the backward pass of the first convolution oneDNN (torch 2.13, AVX-512) writes outside its memory for 19 to 22 bins,
+# whatever the channels, and ends the process or spoils it. Sound are 4 to 18, 23, and every third from 26 to 47, and 80.
+UNSAFE_NUM_BINS = range(17, 25)
+
+
 class DeepSpeech2Convolutions(nn.Module):
     """Halves the frames and quarters the bins; after every step, frames beyond the utterance are zeroed."""
 
@@ -84,7 +89,12 @@ class DeepSpeech2Convolutions(nn.Module):
 
     def forward(self, input_features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         hidden_states = input_features.transpose(1, 2).unsqueeze(1)  # (batch, 1, mel, frames)
-        for layer in self.layers:
+        num_bins = hidden_states.shape[2]
+        if num_bins in UNSAFE_NUM_BINS:
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, UNSAFE_NUM_BINS.stop - num_bins))
+        # Bins of zeros are what a convolution pads with anyway: the first ones that come out are the same.
+        hidden_states = mask_frames(self.layers[0](hidden_states)[:, :, : (num_bins + 1) // 2], lengths)
+        for layer in self.layers[1:]:
             hidden_states = mask_frames(layer(hidden_states), lengths)  # (batch, channels, bins, frames)
         return hidden_states.flatten(1, 2).transpose(1, 2)  # (batch, frames, channels * bins)
 

@@ -1,5 +1,10 @@
 """DeepSpeech2 is the paper's graph: sizes by hand, lengths by brute force, rows independent of their neighbours."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -8,8 +13,9 @@ from transformers import AutoModelForCTC
 
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from modeling.adapters import adapters_off
-from modeling.modeling_deepspeech2 import PADDED_LOGIT, get_output_lengths, mask_frames
+from modeling.modeling_deepspeech2 import PADDED_LOGIT, DeepSpeech2Convolutions, get_output_lengths, mask_frames
 
+ROOT = Path(__file__).parents[1]
 KINDS = ("mlp", "bottleneck", "replacement")
 SMALL = {"num_mel_bins": 16, "conv_channels": 4, "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 12}
 
@@ -284,3 +290,45 @@ def test_fresh_weights_do_not_depend_on_the_way_they_are_made(model, tmp_path):
 def test_configuration_refuses_what_cannot_be_built(field, message):
     with pytest.raises(StrictDataclassError, match=message):
         DeepSpeech2Config(**field)
+
+
+# Trains a step for each number of mel bins; the library ends the process where it has spoiled its memory.
+TRAIN_STEPS = """
+import torch
+from modeling import DeepSpeech2Config, DeepSpeech2ForCTC
+for num_bins in (16, 18, 19, 20, 21, 22, 23, 25, 40, 80):
+    sizes = {"conv_channels": 4, "hidden_size": 4, "num_hidden_layers": 1, "vocab_size": 5}
+    model = DeepSpeech2ForCTC(DeepSpeech2Config(num_mel_bins=num_bins, **sizes)).train()
+    features, mask = torch.randn(3, 61, num_bins), torch.ones(3, 61).long()
+    for _ in range(2):
+        model(input_features=features, attention_mask=mask, labels=torch.ones(3, 4).long()).loss.backward()
+print("sound")
+"""
+
+
+def test_training_is_sound_for_the_numbers_of_mel_bins_in_use_and_around_the_unsafe_ones():
+    environment = {**os.environ, "LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}  # where there is one
+    command = [sys.executable, "-c", TRAIN_STEPS]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert (run.returncode, run.stdout) == (0, "sound\n"), run.stderr[-500:]
+
+
+@pytest.mark.parametrize("num_bins", [19, 20, 22])
+def test_padded_bins_change_neither_the_convolutions_nor_their_gradient(num_bins):
+    config = DeepSpeech2Config(num_mel_bins=num_bins, conv_channels=3, vocab_size=5)
+    convolutions = DeepSpeech2Convolutions(config).eval()
+    features, lengths = (
+        torch.randn(2, 31, num_bins, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([31, 31]),
+    )
+    with torch.backends.mkldnn.flags(enabled=False):
+        plain = features.transpose(1, 2).unsqueeze(1)
+        for layer in convolutions.layers:
+            plain = layer(plain)
+        (plain**2).sum().backward()
+        expected = convolutions.layers[0].weight.grad.clone()
+        convolutions.zero_grad()
+    hidden_states = convolutions(features, lengths)
+    (hidden_states**2).sum().backward()
+    torch.testing.assert_close(hidden_states, plain.flatten(1, 2).transpose(1, 2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(convolutions.layers[0].weight.grad, expected, rtol=1e-4, atol=1e-4)
