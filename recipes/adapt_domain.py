@@ -52,7 +52,7 @@ ARGUMENTS = (DomainArguments, CorpusArguments, LDVChannel, CardArguments, Domain
 def plan_model(arguments: tuple) -> nn.Module:
     """Returns the model that such a run trains, made of its configuration: for distillation, the tower alone."""
     domain_args = arguments[0]
-    config = AutoConfig.from_pretrained(domain_args.model_name_or_path)
+    config = AutoConfig.from_pretrained(domain_args.model_name_or_path, trust_remote_code=False)
     family = find_family(config)
     dtype = config.dtype if domain_args.dtype == "auto" else getattr(torch, domain_args.dtype)
     model = family.model_class(config).to(dtype or torch.float32).requires_grad_(False)
@@ -86,7 +86,9 @@ def adapt(
     hub_target = take_hub_target(training_args, base=base, base_model_id=domain_args.hub_base_model_id)
     set_seed(training_args.seed)
     score = {"batch_size": batch_size, "language": card_args.language[0] if card_args.language else None}
-    prompt = make_prompt(AutoProcessor.from_pretrained(base), language=domain_args.prompt_language)
+    prompt = make_prompt(
+        AutoProcessor.from_pretrained(base, trust_remote_code=False), language=domain_args.prompt_language
+    )
     loader = DomainLoader(domain_args, corpus_args, channel, prompt, seed=training_args.seed)
     if domain_args.method == "none":
         evaluate_base(domain_args, loader.load_evaluation(), output_dir, **score)

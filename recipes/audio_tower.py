@@ -112,7 +112,7 @@ def load_model(
     Raises:
         ValueError: It is no such model.
     """
-    family = find_family(AutoConfig.from_pretrained(model_name_or_path))
+    family = find_family(AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False))
     options: dict[str, object] = {"dtype": dtype, "device_map": device_map}
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -144,7 +144,7 @@ def load_tower_alone(model_name_or_path: str, *, dtype: str = "auto") -> PreTrai
     Raises:
         ValueError: It is no Whisper or Qwen2-Audio, or lacks weights of its tower.
     """
-    config = AutoConfig.from_pretrained(model_name_or_path)
+    config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     family = find_family(config)
     tower_config = getattr(config, "audio_config", config)
     with _without_load_report():

@@ -171,7 +171,7 @@ def load_chat(
     Raises:
         ValueError: The model is of another kind or not told its language, or the adapter is of another base.
     """
-    prompt = make_prompt(AutoProcessor.from_pretrained(model_name_or_path), language=language)
+    prompt = make_prompt(AutoProcessor.from_pretrained(model_name_or_path, trust_remote_code=False), language=language)
     model = load_model(model_name_or_path, device_map={"": PartialState().device}, **options).eval()
     check_language(model, prompt)
     if adapter:

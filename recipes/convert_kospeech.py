@@ -314,7 +314,7 @@ def convert_adapter(arguments: ConversionArguments) -> None:
         ValueError: The file is refused, or its sizes are not the base's.
     """
     content = read_adapter_checkpoint(arguments.adapter_checkpoint)
-    model = AutoModelForCTC.from_pretrained(arguments.model_name_or_path)
+    model = AutoModelForCTC.from_pretrained(arguments.model_name_or_path, trust_remote_code=False)
     sizes = (model.classifier.in_features, model.classifier.out_features)
     if (content["input_dim"], content["output_dim"]) != sizes:
         raise ValueError(

@@ -80,8 +80,8 @@ def load_recognizer(
             adapter was made for another base and that is not allowed.
     """
     try:
-        model = AutoModelForCTC.from_pretrained(model_name_or_path)
-        processor = AutoProcessor.from_pretrained(model_name_or_path)
+        model = AutoModelForCTC.from_pretrained(model_name_or_path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`model_name_or_path` must be a CTC model with its processor, got {model_name_or_path!r} ({error})."

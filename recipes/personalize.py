@@ -50,7 +50,9 @@ ARGUMENTS = (
 def plan_model(arguments: tuple) -> PreTrainedModel:
     """Returns the model that such a run trains, made of configurations, with all adapters that train together."""
     personal_args, corpus_args, training_args = arguments[0], arguments[1], arguments[-1]
-    model = AutoModelForCTC.from_config(AutoConfig.from_pretrained(personal_args.model_name_or_path))
+    model = AutoModelForCTC.from_config(
+        AutoConfig.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False)
+    )
     speakers = personal_args.speaker_id
     if speakers == [ALL_SPEAKERS]:
         corpus = load_split(corpus_args, corpus_args.train_split, required_columns=("speaker_id",))
@@ -93,8 +95,10 @@ def personalize(
     set_seed(training_args.seed)
 
     # Model and adapter
-    model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path).to(PartialState().device)
-    processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path)
+    model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False).to(
+        PartialState().device
+    )
+    processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False)
     set_language(processor.tokenizer, card_args.language)
     add_personal_adapter(model, processor, personal_args, seed=training_args.seed)
     check_trainable(model, max_share=1.0 if personal_args.unfreeze_base else MAX_TRAINABLE_SHARE)

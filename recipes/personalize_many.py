@@ -288,8 +288,8 @@ def personalize_many(
     state = PartialState()
 
     # Model
-    model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path).to(state.device)
-    processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path)
+    model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False).to(state.device)
+    processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False)
     set_language(processor.tokenizer, card_args.language)
 
     # Data

@@ -117,9 +117,9 @@ def build_model(
         languages: Codes of what they are in; the first one is saved with the processor.
     """
     if arguments.model_name_or_path:
-        processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
+        processor = AutoProcessor.from_pretrained(arguments.model_name_or_path, trust_remote_code=False)
         set_language(processor.tokenizer, languages)
-        return AutoModelForCTC.from_pretrained(arguments.model_name_or_path), processor
+        return AutoModelForCTC.from_pretrained(arguments.model_name_or_path, trust_remote_code=False), processor
     transcripts = describe_transcripts(languages[0] if languages else None)
     normalize = partial(normalize_text, language=transcripts["language"])
     vocabulary = build_vocabulary(map(normalize, texts), text_unit=arguments.text_unit)
@@ -218,7 +218,9 @@ def plan_model(arguments: tuple) -> DeepSpeech2ForCTC:
     """Returns the model that such a run trains, made of configurations and transcripts, without weights of a file."""
     model_args, corpus_args, _, card_args, _ = arguments
     if model_args.model_name_or_path:
-        return AutoModelForCTC.from_config(AutoConfig.from_pretrained(model_args.model_name_or_path))
+        return AutoModelForCTC.from_config(
+            AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=False)
+        )
     train_corpus, _ = load_corpora(corpus_args)
     texts = (row["text"] for row in train_corpus.select_columns(["text"]))
     return build_model(model_args, texts, card_args.language)[0]

@@ -124,6 +124,16 @@ class Repository:
             sha = self.commits[sha].parent
 
 
+LANGUAGE = "[a-z]{2,3}|code|multilingual"
+LICENSE = (  # the families; the Hub lists every version
+    r"(apache|afl|artistic|bsl|c-uda|cc0|cdla|ecl|epl|etalab|eupl|agpl|gpl|lgpl|lppl|mpl|ofl|osl)(-[a-z]+)*(-\d\.\dc?)?"
+    r"|cc(-by(-nc)?(-sa|-nd)?-\d\.\d)?|bsd(-[23]-clause(-clear)?)?|(bigscience|creativeml|bigcode)?-?openrail(-m|\+\+)?"
+    r"|mit|isc|ms-pl|ncsa|zlib|pddl|odbl|odc-by|wtfpl|gfdl|unlicense|postgresql|unknown|other|bigscience-bloom-rail-1.0|llama2|gemma|deepfloyd-if-license"
+)
+PIPELINE_TAG = "automatic-speech-recognition|audio-to-audio|text-to-speech|audio-text-to-text|any-to-any|translation"
+REPO_NAME = r"([\w-][\w.-]*/)?[\w-][\w.-]*"
+
+
 def find_metadata_problems(content: str) -> tuple[list[str], list[str]]:
     """
     Returns what the Hub would say against the metadata of a README: errors, then warnings.
@@ -150,7 +160,26 @@ def find_metadata_problems(content: str) -> tuple[list[str], list[str]]:
         for key in ("license", "library_name", "pipeline_tag")
         if key in metadata and not isinstance(metadata[key], str)
     ]
+    errors += _find_unknown_values(metadata)
     return errors + _find_model_index_errors(metadata.get("model-index", [])), []
+
+
+def _find_unknown_values(metadata: dict[str, Any]) -> list[str]:
+    """Values that the Hub knows no meaning of, by the rules that its documentation publishes."""
+    rules = {
+        "language": (LANGUAGE, "an ISO 639-1, 639-2 or 639-3 code, or a special value like code or multilingual"),
+        "license": (LICENSE, "a license of https://hf.co/docs/hub/repositories-licenses"),
+        "pipeline_tag": (PIPELINE_TAG, "a task of https://hf.co/tasks"),
+        "datasets": (REPO_NAME, "a dataset id from https://hf.co/datasets"),
+        "base_model": (REPO_NAME, "a model id from https://hf.co/models"),
+    }
+    errors = []
+    for key, (pattern, expected) in rules.items():
+        values = metadata.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, str) and not re.fullmatch(pattern, value):
+                errors.append(f'"{key}" with value "{value}" is not valid. It must be {expected}')
+    return errors
 
 
 def _is_string_or_strings(value: Any) -> bool:

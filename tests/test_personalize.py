@@ -4,10 +4,11 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCTC, AutoProcessor
+from transformers import AutoModelForCTC, AutoProcessor, pipeline
 
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from recipes.personal_adapters import HIDDEN_SIZES
@@ -162,3 +163,21 @@ def test_personalize_keeps_an_adapter_of_default_size_below_four_percent_of_the_
     model.add_adapter(SpeechAdapterConfig(kind=kind, hidden_sizes=HIDDEN_SIZES[kind]), "ann")
     counts = model.count_parameters()
     assert 0 < counts["adapter"] <= 0.04 * counts["total"]
+
+
+def test_the_pipeline_of_the_library_takes_the_adapter_for_a_model(personalize, small_base, tmp_path):
+    output_dir = personalize(tmp_path / "ann", "--learning_rate", "0.1")
+    speech = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype("float32")
+    recognise = pipeline("automatic-speech-recognition", model=str(output_dir), device="cpu")
+
+    processor = AutoProcessor.from_pretrained(small_base)
+    model = AutoModelForCTC.from_pretrained(small_base).eval()
+    inputs = processor(speech, sampling_rate=16_000, return_tensors="pt")
+    with torch.inference_mode():
+        base = model(**inputs).logits
+        model.load_adapter(str(output_dir), "ann")
+        expected = model(**inputs).logits
+        piped = recognise.model(**inputs).logits
+    assert torch.equal(piped, expected)
+    assert not torch.equal(piped, base)
+    assert recognise(speech)["text"] == processor.batch_decode(expected.argmax(-1))[0]
