@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import soundfile
+import scipy.io.wavfile
 
 from data.tables import AUDIO_COLUMNS
 
@@ -213,7 +213,7 @@ def _encode(samples: object, sampling_rate: object, where: str) -> bytes:
         raise RowError(f"{where} must hold samples of one or a few channels, got an array of shape {array.shape}")
     array = array.astype(np.int16 if is_whole else np.float32)
     file = io.BytesIO()
-    soundfile.write(file, array, int(sampling_rate), format="wav", subtype="PCM_16" if is_whole else "FLOAT")
+    scipy.io.wavfile.write(file, int(sampling_rate), array)  # libsndfile would write the time of day, too
     return file.getvalue()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
-import soundfile
+import scipy.io.wavfile
 
 from data.audio import MIX, SAMPLING_RATE, AudioError, audio_seconds, read_audio
 from data.rows import RowError
@@ -57,7 +57,8 @@ class Cutter:
         if end <= start:
             raise RowError(f"{where} must have a start before its end, got {start} and {end} seconds")
         if start <= TOLERANCE_SECONDS and abs(end - total) <= TOLERANCE_SECONDS:
-            return None
+            # Of either kind: what a longer recording's first row would say, too.
+            return None if start == 0 and end >= total else (start, end)
         if end <= total + TOLERANCE_SECONDS:
             self._note("cut", where)
             return start, end
@@ -98,7 +99,8 @@ def cut_part(audio: dict, part: tuple[float, float] | None, channel: str | int =
     try:
         samples = _read_whole(path, content, channel, 0 if content else os.stat(path).st_mtime_ns)
         first, last = (None if part is None else round(time * SAMPLING_RATE) for time in part or (0, 0))
-        soundfile.write(file, samples[first:last], SAMPLING_RATE, format="wav", subtype="FLOAT")
+        # libsndfile would write the time of day, too: the same part must have the same bytes.
+        scipy.io.wavfile.write(file, SAMPLING_RATE, samples[first:last])
     except AudioError as error:
         logger.warning("No part of it can be used: %s", error)
     heard = [] if part is None else [f"{part[0]:g}-{part[1]:g}"]

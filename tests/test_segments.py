@@ -69,6 +69,12 @@ def test_times_of_all_of_a_recording_cut_nothing(folder, times, first):
     np.testing.assert_array_equal(read_audio(row["audio"]), SAMPLES[first:])
 
 
+def test_a_short_recording_is_cut_as_exactly_as_a_long_one(folder):
+    soundfile.write(folder / "short.wav", SAMPLES[:1600], RATE, subtype="FLOAT")
+    (row,) = load(folder, {"audio": "short.wav", "start": 0.01, "end": 0.05})
+    np.testing.assert_array_equal(read_audio(row["audio"]), SAMPLES[160:800])
+
+
 def test_times_of_the_book_leave_a_clip_as_it_is(folder):
     # Multilingual LibriSpeech: clips of 2 and 3 s that were cut out of a chapter, whose times the columns have.
     corpus = load(
