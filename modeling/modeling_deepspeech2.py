@@ -63,8 +63,8 @@ def get_output_lengths(input_lengths: torch.Tensor) -> torch.Tensor:
     return (input_lengths + 2 * 5 - 11) // 2 + 1
 
 
-# In the backward pass of the first convolution oneDNN (torch 2.13, AVX-512) writes outside its memory for 19 to 22 bins,
-# whatever the channels, and ends the process or spoils it. Sound are 4 to 18, 23, and every third from 26 to 47, and 80.
+# In the backward pass of the first convolution oneDNN (torch 2.13, AVX-512) writes outside its memory for 19 to 22
+# bins, whatever the channels, and ends the process or spoils it. Seen sound: 4 to 18, 23, 26 to 47 in threes, 40, 80.
 UNSAFE_NUM_BINS = range(17, 25)
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCTC
 
 from modeling import SpeechAdapterConfig
 from modeling.files import list_whole
+from recipes import train_ctc
 from recipes.card import CardSubject
 from recipes.personal_adapters import PersonalArguments, save_outcome
 from recipes.personalize import main
@@ -417,3 +418,38 @@ def test_personalize_all_gives_the_same_adapters_on_two_processes(personalize, s
     assert [row["speaker_id"] for row in summary["speakers"]] == ["ann", "ben"]
     for speaker in ("ann", "ben"):
         assert_close(tmp_path / "two" / speaker, together / speaker, atol=1e-4)
+
+
+def empty_test_transcripts(small_corpus, folder: Path, speakers: tuple[str, ...]) -> Path:
+    corpus = Path(shutil.copytree(small_corpus, folder))
+    rows = list(csv.DictReader((corpus / "metadata.csv").open()))
+    for row in rows:
+        if row["split"] == "test" and row["speaker_id"] in speakers:
+            row["text"] = "..."
+    with (corpus / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return corpus
+
+
+def test_personalize_finds_a_speaker_with_nothing_to_score_before_training(
+    personalize, small_corpus, tmp_path, trained_steps, caplog
+):
+    corpus = empty_test_transcripts(small_corpus, tmp_path / "empty", ("ben",))
+    message = "`text` must have a word in some reference, got 3 without"
+    with pytest.raises(ValueError, match=message):
+        personalize("ben", "ben", flags=("--dataset", corpus))
+    assert trained_steps == []
+    together = personalize("all", "all", flags=("--dataset", corpus, "--speakers_per_stack", 1))
+    assert [path.name for path in together.iterdir() if path.is_dir()] == ["ann"]
+    assert message in caplog.text
+
+
+def test_train_ctc_finds_that_there_is_nothing_to_score_before_training(
+    run_recipe_main, small_corpus, tmp_path, trained_steps
+):
+    corpus = empty_test_transcripts(small_corpus, tmp_path / "empty", ("ann", "ben"))
+    with pytest.raises(ValueError, match="`text` must have a word in some reference, got 6 without"):
+        run_recipe_main(train_ctc.main, "--dataset", corpus, "--max_steps", 1, "--output_dir", tmp_path / "out")
+    assert trained_steps == []
