@@ -66,8 +66,7 @@ class AdapterDropout(nn.Dropout):
             return calls[0]
         raise ValueError(
             f"`gradient_checkpointing` must run a call again whose input no other call had, got {len(calls)} calls of "
-            "an adapter's dropout with that input. Turn checkpointing off, or give each call between two steps its "
-            "own."
+            "an adapter's dropout with that input. Turn checkpointing off, or give each call its own."
         )
 
     def _drop_by_bytes(self, hidden_states: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

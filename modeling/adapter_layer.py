@@ -30,6 +30,8 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
+        # Parent and name, as the tuner replaces modules.
+        self.place: tuple[nn.Module, str] | None = None
         # Of the running batch, where an adapter must know what is padding.
         self.frame_lengths: FrameLengths | None = None
         self.speech_adapter_blocks = nn.ModuleDict()
@@ -51,9 +53,23 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes the adapter `adapter_name` away, and what it had set up in the model."""
         super().delete_adapter(adapter_name)
-        if self.frame_lengths is not None and not self.needs_frame_lengths:
+        if not self.needs_frame_lengths:
+            self.release_frame_lengths()
+        if not self.speech_adapter_blocks and self.place is not None:
+            self._leave(*self.place)
+
+    def release_frame_lengths(self) -> None:
+        """Takes away what the adapters here had set up in the model to know what is padding."""
+        if self.frame_lengths is not None:
             self.frame_lengths.release()
             self.frame_lengths = None
+
+    def _leave(self, parent: nn.Module, name: str) -> None:
+        while (module := getattr(parent, name)) is not self:
+            if not hasattr(module, "base_layer"):
+                return  # somebody else has put another module there
+            parent, name = module, "base_layer"  # a layer of another PEFT method stands around this one
+        setattr(parent, name, self.base_layer)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
         # A wrapped block has no `weight` of its own, and adapters stay in fp32 over a base in half precision.
@@ -197,7 +213,9 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         block: nn.Module, source: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor | None
     ) -> torch.Tensor:
         """Returns what `block` adds to `target`, or says in its place."""
-        states = (source if block.position == "beside" else target).to(block.last_layer.weight.dtype)
+        weight = block.last_layer.weight
+        dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32  # dynamically quantised
+        states = (source if block.position == "beside" else target).to(dtype)
         return (block(states, lengths) if block.kind == "transformer" else block(states)).to(target.dtype)
 
 

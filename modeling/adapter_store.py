@@ -132,7 +132,7 @@ def find_mounts(model: nn.Module, saved: SavedAdapter) -> tuple[dict[str, Mount]
         if not is_own:
             del layer.speech_adapter_blocks[TEMPLATE]
             layer._active_adapter, layer.frame_lengths, layer.training = [], None, False
-            layer.base_layer = original
+            layer.base_layer, layer.place = original, None
         mounts[name] = Mount(original if is_own else layer, parent, child, original, name, needs_frame_lengths)
     return mounts, blocks
 

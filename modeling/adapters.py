@@ -13,6 +13,7 @@ At position "before", a bottleneck or transformer changes x and not y: base(x + 
 (after the encoder) and Qwen2-Audio (before the projector) have defaults.
 """
 
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from .active_adapters import (
     find_adapter_layers,
     is_adapter_parameter,
 )
-from .adapter_code import save_adapter_code
+from .adapter_code import check_same_code, save_adapter_code
 from .adapter_config import (
     BEFORE_DEFAULT_TARGETS,
     DEFAULT_TARGETS,
@@ -46,9 +47,11 @@ from .adapter_config import (
 from .adapter_files import ADAPTER_WEIGHTS_NAME, locate_base, name_on_disk, save_adapter
 from .adapter_layer import SpeechAdapterLayer
 from .adapter_loading import load_speech_adapter
+from .base_weights import WRAPPER_NAMES
 from .fingerprint import check_fingerprints, find_version, fingerprint_base
 from .frame_lengths import FrameLengths
 from .module_patterns import bounded_patterns
+from .module_places import remove_empty_layers
 
 __all__ = [
     "ADAPTER_WEIGHTS_NAME",
@@ -136,6 +139,21 @@ class SpeechAdapterModel(BaseTuner):
         if any(parameter.is_meta for parameter in layer.speech_adapter_blocks[adapter_name].parameters()):
             layer.update_layer(adapter_name, peft_config)  # PEFT has sent it where an offloaded base is: nowhere
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(new_module, SpeechAdapterLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+            new_module.place = (parent, child_name)
+        else:  # in `unload`; PEFT's asks every module for a `weight` (0.21)
+            child.release_frame_lengths()
+            setattr(parent, child_name, new_module)
+
+    def add_weighted_adapter(self, *_args, **_kwargs) -> None:
+        """Refuses: as with merging, what adapters say together is not what a sum of their weights says."""
+        raise ValueError(
+            "Speech adapters are not linear and have no weighted sum. `python -m recipes.adapters merge` writes an "
+            "adapter of mean weights, to be tried on speech like any other."
+        )
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key.replace(f"speech_adapter_blocks.{adapter_name}.", "speech_adapter_blocks.", 1)
@@ -171,6 +189,21 @@ class SpeechAdapterMixin:
             super().add_adapter(adapter_config, check_adapter_name(adapter_name))
         adapter_config.base_model_name_or_path = locate_base(adapter_config.base_model_name_or_path)
 
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """As transformers', which leaves layers of LoRA without adapters in the model, and their names in files."""
+        super().delete_adapter(adapter_names)
+        remove_empty_layers(self)
+
+    def save_pretrained(self, save_directory: str | Path, *args, state_dict: dict | None = None, **kwargs) -> None:
+        """As transformers'; a base inside a `PeftModel` is saved under its own names and without adapters."""
+        if state_dict is None and not self._hf_peft_config_loaded and find_adapter_layers(self):
+            state_dict = {
+                ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES): value
+                for name, value in self.state_dict().items()
+                if not is_adapter_parameter(name)
+            }
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
         """
         As transformers', with the checks and the arguments of [`load_speech_adapter`].
@@ -193,10 +226,12 @@ class SpeechAdapterMixin:
         return super().active_adapters() if self._hf_peft_config_loaded else []
 
 
-# This file may be imported twice, from the repository and as code from the Hub: the classes of the first import win.
+# This file may be imported twice, from the repository and as code from the Hub: the classes of the first import win,
+# which must have the same code.
 if SPEECH_ADAPTER not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="speech_adapter", config_cls=SpeechAdapterConfig, model_cls=SpeechAdapterModel)
 else:
+    check_same_code(sys.modules[PEFT_TYPE_TO_TUNER_MAPPING[SPEECH_ADAPTER].__module__].__file__)
     SpeechAdapterConfig = PEFT_TYPE_TO_CONFIG_MAPPING[SPEECH_ADAPTER]
     SpeechAdapterModel = PEFT_TYPE_TO_TUNER_MAPPING[SPEECH_ADAPTER]
     SpeechAdapterLayer = SpeechAdapterModel.tuner_layer_cls

@@ -244,6 +244,10 @@ def fingerprint_processor(processor: ProcessorMixin) -> dict[str, str | dict[str
     return fingerprint
 
 
+# What features come with, and not what they are: with a transformer adapter, their mask.
+FORM_ENTRIES = {"return_attention_mask"}
+
+
 def find_version(fingerprint: dict[str, object]) -> int:
     """Returns the version in which a base must be described to be compared with `fingerprint`: 1, or the newest."""
     return VERSION if "version" in fingerprint else 1
@@ -273,7 +277,8 @@ def list_differences(theirs: dict[str, object], ours: dict[str, object]) -> list
                 lines.append(f"weights: {digests[0]!r} / {digests[1]!r}")
                 lines += [different] if theirs.get("shapes") == ours.get("shapes") else []
         elif isinstance(left, dict) and isinstance(right, dict):
-            names = sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
+            known = (left.keys() | right.keys()) - FORM_ENTRIES
+            names = sorted(name for name in known if left.get(name) != right.get(name))
             lines += [f"{key}.{name}: {left.get(name)!r} / {right.get(name)!r}" for name in names]
         elif left != right and None not in (left, right):
             lines.append(f"{key}: {left!r} / {right!r}")

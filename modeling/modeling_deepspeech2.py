@@ -34,8 +34,8 @@ class DeepSpeech2CTCOutput(ModelOutput):
         logits (`torch.Tensor` of shape `(batch, frames, vocab_size)`): Scores before the softmax, adapter included.
             Beyond an utterance's end the blank is certain.
         logits_lengths (`torch.Tensor` of shape `(batch,)`): Frames of `logits` that are not padding, 20 ms each.
-        base_logits (`torch.Tensor` of shape `(batch, frames, vocab_size)`): Scores of the base alone, when an adapter
-            is active.
+        base_logits (`torch.Tensor` of shape `(batch, frames, vocab_size)`): Scores of the base alone, when
+            asked for.
         hidden_states (`tuple[torch.Tensor]`): Output of the convolutions and of each recurrent layer, adapters
             included, each `(batch, frames, hidden)`.
         losses (`torch.Tensor` of shape `(adapters,)`): Loss of each adapter's own rows, when `adapter_names` are
@@ -117,7 +117,13 @@ class DeepSpeech2RNNLayer(nn.Module):
     def run_packed(self, frames: torch.Tensor, order: PackedOrder) -> torch.Tensor:
         """Runs the layer on packed frames `(frames, in_features)`: `(frames, out_features)`."""
         frames = torch.relu(self.batch_norm(frames))
-        if frames.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        is_plain = type(self.rnn) is nn.GRU  # and not its quantised form
+        if (
+            is_plain
+            and frames.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        ):
             return run_bidirectional_gru(self.rnn, frames, order)
         return self.rnn(PackedSequence(frames, torch.tensor(order.batch_sizes)))[0].data
 
@@ -212,7 +218,7 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
         logits_lengths: torch.Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
         output_hidden_states: bool | None = None,
-        output_base_logits: bool | None = None,
+        output_base_logits: bool = False,
         return_dict: bool | None = None,
     ) -> DeepSpeech2CTCOutput:
         """
@@ -228,9 +234,9 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
             adapter_names: With `frozen_states`, the speech adapter of each row: each acts on its own rows and gets the
                 gradient that they alone would give it.
             output_hidden_states: Also return every layer's output.
-            output_base_logits: Also return what the base alone would say. Default: whenever an adapter is active,
-                except while training. A second pass starts at the first adapted layer, so it is cheap for an adapter
-                at the classifier and about doubles the time for one between the layers.
+            output_base_logits: Also return what the base alone would say. A second pass starts at the first adapted
+                layer, so it is cheap for an adapter at the classifier and about doubles the time for one between the
+                layers.
 
         Raises:
             ValueError: `input_features` has another number of bins than the model, an utterance has no frame, or a
@@ -253,8 +259,6 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
         hidden_states = tuple(self.encoder(input_features, lengths))
         logits = self._mask_logits(self.classifier(hidden_states[-1]), lengths)
         loss = None if labels is None else self._ctc_loss(logits, lengths, labels)
-        if output_base_logits is None:
-            output_base_logits = not self.training and bool(find_active_adapters(self))
         output = DeepSpeech2CTCOutput(
             loss=loss,
             logits=logits,

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,21 +33,25 @@ def copy_modules(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
 
 
-def is_empty_layer(module: nn.Module, kind: type[BaseTunerLayer] = BaseTunerLayer) -> bool:
-    """Whether a module is a layer of PEFT that has no adapter left."""
-    return isinstance(module, kind) and not module._get_available_adapters()
+def is_empty_layer(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
+    """Whether a module is a layer of PEFT, of class `kind` if given, that has no adapter left."""
+    if kind is not None and not isinstance(module, kind):
+        return False
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return not module._adapters
+    return isinstance(module, BaseTunerLayer) and not module._get_available_adapters()
 
 
-def remove_empty_layers(model: nn.Module, kind: type[BaseTunerLayer] = BaseTunerLayer) -> None:
+def remove_empty_layers(model: nn.Module, kind: type[nn.Module] | None = None) -> None:
     """Puts the base's own modules back where a layer of PEFT has no adapter left."""
     for module in model.modules():
         for name, child in module.named_children():
             while is_empty_layer(child, kind):
-                child = child.base_layer
+                child = child.base_layer if isinstance(child, BaseTunerLayer) else child.original_module
                 setattr(module, name, child)
 
 
-def find_module(model: nn.Module, name: str, kind: type[BaseTunerLayer] = BaseTunerLayer) -> nn.Module:
+def find_module(model: nn.Module, name: str, kind: type[BaseTunerLayer]) -> nn.Module:
     """Returns the module that has this name once [`remove_empty_layers`] has been at the model."""
     module = model
     for part in name.split(".") if name else ():

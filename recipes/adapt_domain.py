@@ -126,6 +126,7 @@ def adapt(
     results |= describe_training(domain_args, model, train_dataset, prompt, train_output.metrics)
     if not trainer.is_world_process_zero():
         return
+    prompt.extractor.return_attention_mask = True  # without it, Whisper's adapter takes padding for speech
     with write_whole(output_dir) as scratch:
         save_adapter(model, scratch, ADAPTER_NAME, processor=prompt.processor)
         prompt.processor.save_pretrained(scratch)

@@ -29,6 +29,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from modeling.adapter_layer import SpeechAdapterLayer
 from modeling.adapters import adapters_off
+from recipes.whole_models import load_whole
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def load_model(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
-    model = family.model_class.from_pretrained(model_name_or_path, **options).requires_grad_(False)
+    model = load_whole(family.model_class, model_name_or_path, **options).requires_grad_(False)
     for module in model.modules():
         # On a CPU with AVX512-BF16 an evaluation repacks 4-bit weights, and gradients behind them are zero ever after
         # (bitsandbytes 0.50).

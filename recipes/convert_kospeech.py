@@ -45,6 +45,7 @@ from modeling.legacy_checkpoints import (
     to_kospeech_name,
 )
 from recipes.arguments import parse_arguments
+from recipes.whole_models import load_whole
 
 # Widths of KoSpeech's features that tell themselves apart: four widths of input give one width after the convolutions.
 STANDARD_MEL_BINS = (40, 64, 80, 120, 128, 161, 256)
@@ -314,7 +315,7 @@ def convert_adapter(arguments: ConversionArguments) -> None:
         ValueError: The file is refused, or its sizes are not the base's.
     """
     content = read_adapter_checkpoint(arguments.adapter_checkpoint)
-    model = AutoModelForCTC.from_pretrained(arguments.model_name_or_path, trust_remote_code=False)
+    model = load_whole(AutoModelForCTC, arguments.model_name_or_path)
     sizes = (model.classifier.in_features, model.classifier.out_features)
     if (content["input_dim"], content["output_dim"]) != sizes:
         raise ValueError(

@@ -21,6 +21,7 @@ from modeling.adapter_store import AdapterStore
 from modeling.adapters import BASE, adapter_rows, load_speech_adapter
 from recipes.beam_search import BeamDecoder, clean_text
 from recipes.chunking import Chunking, ChunkStitcher, RecordingPath
+from recipes.whole_models import load_whole
 
 BUFFERED_BATCHES = 4  # chunks of so many batches wait to be sorted by duration
 
@@ -80,7 +81,7 @@ def load_recognizer(
             adapter was made for another base and that is not allowed.
     """
     try:
-        model = AutoModelForCTC.from_pretrained(model_name_or_path, trust_remote_code=False)
+        model = load_whole(AutoModelForCTC, model_name_or_path)
         processor = AutoProcessor.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -40,7 +40,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 get_class_from_dynamic_module("adapters.SpeechAdapterConfig", "{{repository}}")
 model = {model_class}.from_pretrained("{{repository}}").eval()
-processor = AutoProcessor.from_pretrained("{{base}}")
+processor = AutoProcessor.from_pretrained("{{repository}}")  # gives the mask of the features, which the adapter needs
 ```
 """
 

@@ -36,6 +36,7 @@ from recipes.personal_adapters import (
 from recipes.personalize_many import personalize_many
 from recipes.report import print_results
 from recipes.trainer import AdapterTrainer, check_trainable
+from recipes.whole_models import load_whole
 
 ARGUMENTS = (
     PersonalArguments,
@@ -95,9 +96,7 @@ def personalize(
     set_seed(training_args.seed)
 
     # Model and adapter
-    model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False).to(
-        PartialState().device
-    )
+    model = load_whole(AutoModelForCTC, personal_args.model_name_or_path).to(PartialState().device)
     processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False)
     set_language(processor.tokenizer, card_args.language)
     add_personal_adapter(model, processor, personal_args, seed=training_args.seed)

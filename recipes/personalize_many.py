@@ -43,6 +43,7 @@ from recipes.report import RESULTS_NAME, draw_speakers, find_rate, format_table,
 from recipes.speaker_folders import name_folders
 from recipes.stacked import StackMember, check_stackable, find_blocks, train_stack
 from recipes.trainer import AdapterTrainer, check_trainable
+from recipes.whole_models import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ def personalize_many(
     state = PartialState()
 
     # Model
-    model = AutoModelForCTC.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False).to(state.device)
+    model = load_whole(AutoModelForCTC, personal_args.model_name_or_path).to(state.device)
     processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False)
     set_language(processor.tokenizer, card_args.language)
 

@@ -37,6 +37,7 @@ from recipes.hub import push_folder, take_hub_target
 from recipes.output_folder import check_output_dir, claim_output_dir
 from recipes.report import print_results, write_results
 from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
+from recipes.whole_models import load_whole
 
 
 @dataclass
@@ -119,7 +120,7 @@ def build_model(
     if arguments.model_name_or_path:
         processor = AutoProcessor.from_pretrained(arguments.model_name_or_path, trust_remote_code=False)
         set_language(processor.tokenizer, languages)
-        return AutoModelForCTC.from_pretrained(arguments.model_name_or_path, trust_remote_code=False), processor
+        return load_whole(AutoModelForCTC, arguments.model_name_or_path), processor
     transcripts = describe_transcripts(languages[0] if languages else None)
     normalize = partial(normalize_text, language=transcripts["language"])
     vocabulary = build_vocabulary(map(normalize, texts), text_unit=arguments.text_unit)

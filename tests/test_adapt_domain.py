@@ -122,8 +122,11 @@ def test_every_method_writes_its_adapter_alone_and_leaves_the_base_as_it_was(ada
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "processor_config.json",
         "domain_report.json",
         "eval_results.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
     }
     results = read_results(output_dir)
     tensors = load_file(output_dir / "adapter_model.safetensors")
