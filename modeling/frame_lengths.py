@@ -56,7 +56,8 @@ class FrameLengths:
         around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
         models = [part for part in around if hasattr(part, "main_input_name")]
         parts = [part for part in around if _find_mask_argument(part) and find_counter(part)]
-        if not parts or models[-1] not in parts:  # inside a decoder, whose rows are of tokens
+        is_of_text = models and models[-1] not in parts and models[-1].main_input_name not in AUDIO_INPUTS
+        if not parts or is_of_text:  # in a decoder, rows are of tokens
             raise ValueError(
                 f"`target_modules` must name modules inside an audio model for a transformer, got {module_name} "
                 f"of a {type(model).__name__}, which cannot tell a row's frames from padding. Choose another kind."

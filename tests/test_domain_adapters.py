@@ -319,3 +319,17 @@ def test_lengths_are_repeated_with_their_rows():
     assert maps[0].frame_lengths.tolist() == [20, 20, 11, 11, 15, 15]
     with pytest.raises(ValueError, match="a row for each row of features, got 3 for 2 rows"):
         model.model.encoder(inputs["input_features"][:2], attention_mask=inputs["attention_mask"])
+
+
+def test_a_transformer_in_a_decoder_is_refused_and_one_in_a_checkpointed_layer_says_so():
+    model, batch = make_whisper(), make_batch(make_whisper())
+    with pytest.raises(ValueError, match="inside an audio model for a transformer, got model.decoder.layer_norm of a"):
+        model.add_adapter(configure(target_modules=["decoder.layer_norm"]), "ldv")
+    inside = make_whisper()
+    add_trained(inside, "ldv", configure(target_modules=["encoder.layers.0.final_layer_norm"]))
+    inside.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    loss = inside.train()(**batch, labels=torch.tensor([[9, 11]] * 3)).loss
+    with pytest.raises(
+        ValueError, match="`gradient_checkpointing` must be off for a transformer adapter inside a layer"
+    ):
+        loss.backward()
