@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data.ldv import LDVChannel
@@ -118,7 +119,9 @@ def test_every_method_writes_its_adapter_alone_and_leaves_the_base_as_it_was(ada
     before = {path.name: path.read_bytes() for path in domain_bases["whisper"].iterdir()}
     output_dir = adapt_domain("--method", method)
     assert {path.name: path.read_bytes() for path in domain_bases["whisper"].iterdir()} == before
-    assert {name for name in names(output_dir) if "." in name and not name.endswith(".png")} == {
+    AutoProcessor.from_pretrained(domain_bases["whisper"]).save_pretrained(output_dir.parent / "processor")
+    processor_files = names(output_dir.parent / "processor")
+    assert {name for name in names(output_dir) if "." in name and not name.endswith(".png")} == processor_files | {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
