@@ -326,7 +326,7 @@ class AdapterTrainer(Trainer):
             resume_from_checkpoint,
             self.args.output_dir,
             list_weights=self._list_weights,
-            state_names=() if self.args.resume_without_state else self._list_state_names(),
+            state_names=() if getattr(self.args, "resume_without_state", False) else self._list_state_names(),
         )
         output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         output.metrics["train_runtime"] += self._runtime.seconds_before
