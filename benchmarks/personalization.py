@@ -91,7 +91,7 @@ def summarize(rows: list[dict]) -> str:
         {
             "speaker": speaker,
             "WER before": f"{group[0]['base_wer']:.1%}",
-            **{f"{row['seconds']} s": f"{row['eval_wer']:.1%} (-{reduction(row):.0%})" for row in group},
+            **{f"{row['seconds']} s": f"{row['eval_wer']:.1%} ({-reduction(row):+.0%})" for row in group},
             "adapter share": f"{group[0]['trainable_parameters'] / group[0]['total_parameters']:.2%}",
             "base training": f"{group[0]['base_train_runtime'] / 60:.1f} min",
         }
