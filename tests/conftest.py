@@ -209,6 +209,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> 
     _run_main(
         train_ctc_main, "--dataset", small_corpus, "--exclude_speakers", "ann", "--num_mel_bins", 16,
         "--hidden_size", 8, "--num_hidden_layers", 1, "--max_steps", 2, "--save_strategy", "no",
+        "--pause_share", 0, "--room_share", 0, "--device_share", 0,
         "--output_dir", folder,
     )  # fmt: skip
     return folder
