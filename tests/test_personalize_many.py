@@ -76,7 +76,8 @@ def is_close(first: Path, second: Path, *, atol: float) -> bool:
 def test_personalize_all_gives_each_speaker_the_adapter_that_a_run_alone_gives(personalize, flags):
     together = personalize("all", "all", flags=flags)
     for speaker in ("ann", "ben"):
-        assert_close(personalize(speaker, speaker, flags=flags), together / speaker, atol=1e-4)
+        # Adam makes a step of the rounding where a gradient is near zero; other speech changes more than 1e-3.
+        assert_close(personalize(speaker, speaker, flags=flags), together / speaker, atol=5e-4)
 
 
 @pytest.mark.parametrize(
