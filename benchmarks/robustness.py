@@ -24,8 +24,9 @@ from data.augmentation import split_clip
 from data.corpora import load_corpus
 from data.speakers import select_speakers
 from data.synthesis import ORDINARY_VOICES, UNUSUAL_VOICES
-from recipes.decoding import evaluate_dataset, load_recognizer
+from recipes.decoding import load_recognizer
 from recipes.report import format_table
+from recipes.scoring import evaluate_dataset
 
 ADAPTER_SECONDS = 60
 MOST_JOINED = 4  # digits in an utterance, as in training

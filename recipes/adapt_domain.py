@@ -15,9 +15,10 @@ from data.ldv import LDVChannel
 from data.prompts import make_prompt
 from modeling.adapters import save_adapter
 from modeling.files import write_whole
-from recipes.arguments import CorpusArguments, parse_arguments
+from recipes.arguments import parse_arguments
 from recipes.audio_tower import add_adapter, find_block, find_family, find_tower
 from recipes.card import CardArguments
+from recipes.corpus_arguments import CorpusArguments
 from recipes.domain_methods import (
     ADAPTER_NAME,
     MAX_TRAINABLE_SHARE,

@@ -18,10 +18,10 @@ from data.prompts import Prompt
 from modeling import SpeechAdapterConfig
 from modeling.adapter_config import PRESETS
 from modeling.adapter_files import locate_base
-from recipes.arguments import CorpusArguments, load_split
 from recipes.audio_tower import Family, add_adapter, find_block, find_family, load_model, load_tower_alone
 from recipes.chat import check_language
 from recipes.checkpoint_digest import note_checkpoint
+from recipes.corpus_arguments import CorpusArguments, load_split
 from recipes.domain_training import OBJECTIVES, DomainObjective, cache_tower
 
 logger = logging.getLogger(__name__)

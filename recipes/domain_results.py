@@ -15,10 +15,10 @@ from data.metrics import score_by_speaker
 from data.prompts import Prompt
 from data.text import normalize_text
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off
-from recipes.arguments import CorpusArguments
 from recipes.audio_tower import adapt, find_family, run_tower
 from recipes.card import CardArguments, CardSubject, write_card
 from recipes.chat import answer, load_chat
+from recipes.corpus_arguments import CorpusArguments
 from recipes.domain_methods import DomainArguments
 from recipes.domain_report import (
     DomainReportCallback,

@@ -24,10 +24,12 @@ from data.speakers import select_speakers
 from data.text import set_language
 from modeling.adapters import adapters_off
 from modeling.files import write_text
-from recipes.arguments import load_split, parse_arguments
+from recipes.arguments import parse_arguments
 from recipes.beam_search import DecodingArguments, build_decoder
-from recipes.decoding import evaluate_dataset, load_recognizer
+from recipes.corpus_arguments import load_split
+from recipes.decoding import load_recognizer
 from recipes.report import format_table
+from recipes.scoring import evaluate_dataset
 
 logger = logging.getLogger(__name__)
 

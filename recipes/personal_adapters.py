@@ -17,11 +17,12 @@ from modeling import SpeechAdapterConfig
 from modeling.adapter_files import locate_base
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, save_adapter
 from modeling.files import write_whole
-from recipes.arguments import CorpusArguments, load_split
 from recipes.card import CardArguments, CardSubject, write_card
-from recipes.decoding import evaluate_dataset, load_adapter
+from recipes.corpus_arguments import CorpusArguments, load_split
+from recipes.decoding import load_adapter
 from recipes.hub import HubTarget
 from recipes.report import draw_speakers, write_results
+from recipes.scoring import evaluate_dataset
 from recipes.stacked import find_blocks
 from recipes.trainer import RecipeTrainingArguments
 

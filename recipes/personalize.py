@@ -14,9 +14,10 @@ from data.augmentation import RecipeAugmentation
 from data.text import set_language
 from modeling.adapter_files import read_adapter
 from modeling.adapters import adapters_off, is_adapter_parameter
-from recipes.arguments import CorpusArguments, load_split, parse_arguments
+from recipes.arguments import parse_arguments
 from recipes.cached_training import CacheArguments, FrozenPart
 from recipes.card import CardArguments
+from recipes.corpus_arguments import CorpusArguments, load_split
 from recipes.hub import push_folder, take_hub_target
 from recipes.output_folder import check_output_dir, claim_output_dir
 from recipes.personal_adapters import (

@@ -19,10 +19,9 @@ from data.augmentation import Augmentation
 from data.text import set_language
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off
 from modeling.files import find_whole
-from recipes.arguments import CorpusArguments
 from recipes.cached_training import CacheArguments, FrozenPart
 from recipes.card import CARD_NAME, RUN_KEY, CardArguments, read_results
-from recipes.decoding import evaluate_dataset
+from recipes.corpus_arguments import CorpusArguments
 from recipes.output_folder import check_output_dir
 from recipes.personal_adapters import (
     ALL_SPEAKERS,
@@ -40,6 +39,7 @@ from recipes.personal_adapters import (
     score_datasets,
 )
 from recipes.report import RESULTS_NAME, draw_speakers, find_rate, format_table, write_results
+from recipes.scoring import evaluate_dataset
 from recipes.speaker_folders import name_folders
 from recipes.stacked import StackMember, check_stackable, find_blocks, train_stack
 from recipes.trainer import AdapterTrainer, check_trainable

@@ -30,12 +30,13 @@ from modeling import (
     DeepSpeech2Processor,
     JamoCTCTokenizer,
 )
-from recipes.arguments import CorpusArguments, load_split, parse_arguments
+from recipes.arguments import parse_arguments
 from recipes.card import CardArguments, CardSubject, write_card
-from recipes.decoding import evaluate_dataset
+from recipes.corpus_arguments import CorpusArguments, load_split
 from recipes.hub import push_folder, take_hub_target
 from recipes.output_folder import check_output_dir, claim_output_dir
 from recipes.report import print_results, write_results
+from recipes.scoring import evaluate_dataset
 from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
 from recipes.whole_models import load_whole
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.arguments import CorpusArguments, parse_arguments
+from recipes.arguments import parse_arguments
+from recipes.corpus_arguments import CorpusArguments
 from recipes.trainer import RecipeTrainingArguments
 
 

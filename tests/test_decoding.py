@@ -18,14 +18,8 @@ from modeling.adapters import ADAPTER_WEIGHTS_NAME, BASE, adapters_off
 from recipes import chunking
 from recipes.beam_search import BeamDecoder
 from recipes.chunking import Chunking, ChunkStitcher, RecordingPath, find_pause, stitch_chunks
-from recipes.decoding import (
-    Word,
-    evaluate_dataset,
-    load_recognizer,
-    locate_words,
-    recognize_batch,
-    transcribe_recordings,
-)
+from recipes.decoding import Word, load_recognizer, locate_words, recognize_batch, transcribe_recordings
+from recipes.scoring import evaluate_dataset
 
 QUICK = {"chunk_seconds": 0.4, "overlap_seconds": 0.12}  # 20 frames of 20 ms, 6 of them shared
 

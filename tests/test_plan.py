@@ -18,8 +18,9 @@ from data.corpora import load_corpus
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from modeling.frozen_prefix import find_frozen_prefix
 from recipes import train_ctc
-from recipes.arguments import CorpusArguments, parse_arguments
+from recipes.arguments import parse_arguments
 from recipes.cached_training import CacheArguments, FrozenPart
+from recipes.corpus_arguments import CorpusArguments
 from recipes.personal_adapters import PersonalArguments, SpeakerLoader
 from recipes.plan import Planner, find_available_bytes, find_recipe, main
 from recipes.planning import (
