@@ -17,6 +17,10 @@ ALIASES = {"tur": "tr", "aze": "az", "azj": "az", "kaz": "kk", "tat": "tt", "fas
 ALIASES |= {"prs": "fa", "urd": "ur", "ron": "ro", "rum": "ro", "cat": "ca", "uzb": "uz", "uzn": "uz", "swe": "sv"}
 ALIASES |= {"fin": "fi", "tah": "ty", "ton": "to", "smo": "sm", "jpn": "ja", "zho": "zh", "chi": "zh", "cmn": "zh"}
 ALIASES |= {"tha": "th", "lao": "lo", "khm": "km", "mya": "my", "bur": "my"}
+# Those of languages that many corpora are in, as the Hub's cards name them.
+ALIASES |= {"eng": "en", "kor": "ko", "spa": "es", "fra": "fr", "fre": "fr", "deu": "de", "ger": "de", "ita": "it"}
+ALIASES |= {"por": "pt", "nld": "nl", "dut": "nl", "rus": "ru", "ukr": "uk", "ara": "ar", "heb": "he", "hin": "hi"}
+ALIASES |= {"vie": "vi", "ell": "el", "gre": "el", "pol": "pl", "ces": "cs", "cze": "cs", "hun": "hu", "ben": "bn"}
 DOTLESS_I = {"tr", "az", "crh", "gag", "kk", "tt"}  # "I" is the capital of "ı", "İ" that of "i"
 UNSPACED = {"ja", "zh", "yue", "wuu", "nan", "hak", "lzh", "th", "lo", "km", "my", "shn"}
 UNSPACED_LETTER = regex.compile(r"[\p{LB=SA}\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}&&\p{L}]", regex.V1)

@@ -81,7 +81,7 @@ def recorded_corpus(small_corpus, tmp_path):
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        return folder
+        return folder / "metadata.csv"  # a manifest may name recordings elsewhere, a folder may not
 
     return write
 

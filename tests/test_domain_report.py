@@ -156,7 +156,7 @@ def test_gates_out_of_the_healthy_range_are_warned_of_once(adapted, tmp_path, ca
 def test_healthy_gates_are_not_warned_of(adapted, tmp_path, caplog):
     callback = train(adapted, tmp_path, max_steps=2)
     assert len(find_healthy_rows(callback)) == 2
-    assert not caplog.records
+    assert not [record.message for record in caplog.records if "gates" in record.message]
 
 
 def test_history_of_another_method_has_neither_gates_nor_scale(whisper, tmp_path):

@@ -408,7 +408,7 @@ def test_personalize_all_gives_the_same_adapters_on_two_processes(personalize, s
         "recipes/personalize.py",
         "--model_name_or_path", small_base, "--dataset", small_corpus, "--speaker_id", "all",
         "--adapter_hidden_sizes", "4", "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
-        "--learning_rate", "1e-2", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "two",
+        "--learning_rate", "1e-2", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "two", *NO_ROOMS,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(map(str, command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
