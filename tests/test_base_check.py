@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from stock_models import add_trained, configure, make_whisper
 from test_clean_process import BLOCKER
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration
@@ -80,7 +81,10 @@ DOORS = [load_by_model, load_from_pretrained, load_peft_model, load_second_into_
 
 @pytest.mark.parametrize("load", DOORS)
 def test_every_door_of_a_stock_model_opens_for_its_own_base(saved, load):
-    load(saved, "base", "adapter")
+    parameters = list(load(saved, "base", "adapter").parameters())
+    weights = load_file(saved / "adapter" / "adapter_model.safetensors")
+    assert weights
+    assert [name for name, weight in weights.items() if not any(map(weight.equal, parameters))] == []
 
 
 @pytest.mark.parametrize("load", DOORS)
