@@ -1,0 +1,1 @@
+"""What leaves: cards, reports, pictures, and the way to the Hub."""

@@ -1,0 +1,1 @@
+"""How models train: the Trainer, its arguments, what is minimised, and what is frozen and runs once."""
