@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.results_file import store_result
-from recipes.launch import run_recipe
-from recipes.report import RESULTS_NAME, format_table
+from publishing.report import RESULTS_NAME, format_table
+from training.launch import run_recipe
 
 DTYPES = ("float32", "bfloat16")
 NUM_VARIANTS = 4

@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.domain_base import train_base
 from benchmarks.personalization import read_json
 from benchmarks.results_file import store_result
-from recipes.launch import run_recipe
-from recipes.report import format_table
+from publishing.report import format_table
+from training.launch import run_recipe
 
 OBJECTIVES = {"domain_adapter": ("task", "distill", "both"), "mlp": ("task", "distill", "both")}
 METHODS = ("domain_adapter", "mlp", "projector", "lora_projector", "lora_llm")

@@ -26,7 +26,6 @@ from transformers import (
     set_seed,
 )
 
-from data.asr import UtteranceDataset, read_clips
 from data.audio import SAMPLING_RATE
 from data.augmentation import Augmentation
 from data.collators import IGNORED_LABEL
@@ -34,8 +33,9 @@ from data.corpora import load_corpus
 from data.metrics import score_by_speaker
 from data.prepare_fsdd import DIGITS
 from data.synthesis import ORDINARY_VOICES, synthesize
-from recipes.report import print_results, write_results
-from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
+from data.utterances import UtteranceDataset, read_concatenated
+from publishing.report import print_results, write_results
+from training.trainer import AdapterTrainer, RecipeTrainingArguments
 
 CHUNK_SECONDS = 2  # nearly always enough for three digits; a published Whisper takes 30
 END, START = "<|endoftext|>", "<|startoftranscript|>"
@@ -145,7 +145,7 @@ class GuidedWhisper(nn.Module):
 def read_corpus(corpus: Dataset) -> Dataset:
     """Returns columns `name`, `speaker_id`, `text`, `samples` `(samples,)` and `num_samples` of a corpus."""
     columns = {name: corpus[name][:] for name in ("speaker_id", "text")}
-    return read_clips(corpus, columns, sampling_rate=SAMPLING_RATE)
+    return read_concatenated(corpus, columns, sampling_rate=SAMPLING_RATE)
 
 
 def split_recordings(corpus: Dataset) -> tuple[Dataset, Dataset]:

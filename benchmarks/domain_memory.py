@@ -30,11 +30,12 @@ from transformers import PreTrainedModel, Qwen2AudioConfig, Qwen2AudioForConditi
 
 from benchmarks.results_file import RESULTS_FOLDER, keep_row, store_result
 from benchmarks.training_memory import PeakMemory
+from inference.audio_models import find_family, find_tower
 from modeling.adapter_config import PRESETS
-from recipes.audio_tower import find_family, find_tower, run_tower
-from recipes.domain_methods import METHODS, DomainArguments, add_method, make_config
-from recipes.planning import quantize_shapes
-from recipes.report import format_table
+from publishing.report import format_table
+from training.audio_tower import run_tower
+from training.domain_methods import METHODS, DomainArguments, add_method, make_config
+from training.planning import quantize_shapes
 
 # "Qwen2-Audio Technical Report" (arXiv 2407.10759) and the published model's config.json. Its tower is the default of
 # `Qwen2AudioConfig`; its text is not.
@@ -104,7 +105,7 @@ def _draw_4bit(linear: nn.Linear, device: torch.device, *, std: float) -> None:
     linear.weight = type(weight)(drawn, requires_grad=False, **vars(weight)).to(device)
     if linear.bias is not None:
         linear.bias = nn.Parameter(torch.zeros_like(linear.bias, dtype=drawn.dtype, device=device))
-    # As in `recipes.audio_tower.load_model`.
+    # As in `training.audio_tower.load_model`.
     linear.compute_dtype, linear.support_avx512bf16_for_cpu = torch.bfloat16, False
     linear._is_hf_initialized = True
 
@@ -149,7 +150,7 @@ def make_batch(
 
 
 class StockObjective(nn.Module):
-    """A model of `peft.get_peft_model` behind the interface of [`recipes.domain_training.DomainObjective`]."""
+    """A model of `peft.get_peft_model` behind the interface of [`training.objectives.domain.DomainObjective`]."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -20,7 +20,7 @@ from data.audio import SAMPLING_RATE
 from data.synthesis import ORDINARY_VOICES, list_sentences, synthesize
 from modeling import DeepSpeech2FeatureExtractor
 from modeling.feature_extraction_deepspeech2 import POWER_FLOOR
-from recipes.report import format_table
+from publishing.report import format_table
 
 CLIP_SECONDS = (1, 5, 20)
 BATCHES = (1, 8)

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback
 
 from data.collators import IGNORED_LABEL, CTCCollator
-from data.feature_cache import CachedUtterances, PackedCollator
+from data.state_cache import CachedUtterances, PackedCollator
 from modeling import DeepSpeech2Config, DeepSpeech2FeatureExtractor, DeepSpeech2ForCTC, SpeechAdapterConfig
-from modeling.frozen_prefix import FrozenPrefix, find_frozen_prefix
-from recipes.trainer import AdapterTrainer, RecipeTrainingArguments, SeededSampler, set_frozen_modules_to_eval
+from training.frozen_prefix import FrozenPrefix, find_frozen_prefix
+from training.trainer import AdapterTrainer, RecipeTrainingArguments, SeededSampler, set_frozen_modules_to_eval
 
 FRAMES_A_SECOND = 100  # of features
 LABELS_A_SECOND = 12  # letters of brisk speech

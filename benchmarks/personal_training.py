@@ -40,12 +40,12 @@ from benchmarks.personal_loops import (
 from benchmarks.results_file import RESULTS_FOLDER, keep_row, store_result
 from benchmarks.timing import MIN_SAMPLE_SECONDS, Timing, alternate, gemm_flops, judge_bf16
 from benchmarks.training_memory import measure_memory
-from data.feature_cache import CachedUtterances
+from data.state_cache import CachedUtterances
 from modeling import DeepSpeech2ForCTC
-from modeling.frozen_prefix import find_frozen_prefix
 from modeling.modeling_deepspeech2 import get_output_lengths
-from recipes.report import format_table
-from recipes.trainer import AdapterTrainer
+from publishing.report import format_table
+from training.frozen_prefix import find_frozen_prefix
+from training.trainer import AdapterTrainer
 
 NAME = "personal_training"
 PRECISIONS = ("fp32", "bf16")

@@ -13,8 +13,8 @@ from statistics import mean
 
 from benchmarks.results_file import store_result
 from data.corpora import load_corpus
-from recipes.launch import run_recipe
-from recipes.report import RESULTS_NAME, format_table
+from publishing.report import RESULTS_NAME, format_table
+from training.launch import run_recipe
 
 SECONDS = (5, 10, 30, 60)
 

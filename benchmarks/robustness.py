@@ -19,14 +19,14 @@ import numpy as np
 from benchmarks.personalization import train_adapter, train_base
 from benchmarks.recording_conditions import Condition, list_conditions
 from benchmarks.results_file import RESULTS_FOLDER, store_result
-from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import split_clip
 from data.corpora import load_corpus
 from data.speakers import select_speakers
 from data.synthesis import ORDINARY_VOICES, UNUSUAL_VOICES
-from recipes.decoding import load_recognizer
-from recipes.report import format_table
-from recipes.scoring import evaluate_dataset
+from data.utterances import UtteranceDataset, decode_clips
+from inference.decoding import load_recognizer
+from inference.scoring import evaluate_dataset
+from publishing.report import format_table
 
 ADAPTER_SECONDS = 60
 MOST_JOINED = 4  # digits in an utterance, as in training

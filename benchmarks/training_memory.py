@@ -24,9 +24,9 @@ from benchmarks.personal_loops import (
     make_collator,
     make_trainer,
 )
-from data.feature_cache import CachedUtterances
-from modeling.frozen_prefix import find_frozen_prefix
+from data.state_cache import CachedUtterances
 from modeling.modeling_deepspeech2 import get_output_lengths
+from training.frozen_prefix import find_frozen_prefix
 
 PROC_STATUS = Path("/proc/self/status")
 SECONDS_BETWEEN = 0.005

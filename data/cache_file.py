@@ -50,13 +50,13 @@ class CacheWriter:
     >>> import tempfile
     >>> from pathlib import Path
     >>> import torch
-    >>> from data.cache_file import CacheWriter, find_damage
+    >>> from data.cache_file import CacheWriter, find_cache_damage
 
     >>> path = Path(tempfile.mkdtemp(), "states.safetensors")
     >>> with CacheWriter(path, num_utterances=2, dtype=torch.float32, key="noise") as writer:
     ...     writer.write([1, 0], {"hidden_states": torch.rand(2, 50, 4)}, torch.tensor([50, 20]))
     ...     writer.finish()
-    >>> find_damage(path, "noise", torch.float32), find_damage(path, "speech", torch.float32)
+    >>> find_cache_damage(path, "noise", torch.float32), find_cache_damage(path, "speech", torch.float32)
     (None, 'it was made for another key')
 
     ```
@@ -151,7 +151,7 @@ def _to_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def find_damage(path: str | Path, key: str, dtype: torch.dtype) -> str | None:
+def find_cache_damage(path: str | Path, key: str, dtype: torch.dtype) -> str | None:
     """
     Returns what is wrong with a cache file, in words, or None if every byte is as it was written.
 

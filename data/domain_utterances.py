@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
-from .asr import digest_samples, join_clips
 from .prompts import Prompt, check_placeholders
+from .utterances import digest_samples, join_clips
 
 
 class DomainUtterances(torch.utils.data.Dataset):

@@ -243,7 +243,7 @@ def extract_features(extractor, clips: Sequence[np.ndarray]) -> torch.Tensor:
     if longest > extractor.n_samples:
         raise ValueError(
             f"A clip must be at most {extractor.n_samples / extractor.sampling_rate:g} s long, got "
-            f"{longest / extractor.sampling_rate:g} s. Split it with `data.domain.find_cuts`."
+            f"{longest / extractor.sampling_rate:g} s. Split it with `data.domain_clips.find_cuts`."
         )
     return extractor(list(clips), sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from .asr import count_ctc_frames, read_clip
 from .augmentation import Augmentation
 from .left_out import StreamedRows
 from .spelling import MAX_CLIP_SECONDS, find_faults
 from .text import find_normalizer
+from .utterances import count_ctc_frames, read_clip
 
 # Rows, undecoded, among which the next one is drawn.
 SHUFFLED_ROWS = 256

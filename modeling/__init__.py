@@ -10,7 +10,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 from .adapter_loading import load_speech_adapter
-from .adapter_store import AdapterStore
 from .adapters import SpeechAdapterConfig, adapter_rows, save_adapter
 from .configuration_deepspeech2 import DeepSpeech2Config
 from .feature_extraction_deepspeech2 import DeepSpeech2FeatureExtractor
@@ -19,7 +18,6 @@ from .processing_deepspeech2 import DeepSpeech2Processor
 from .tokenization_deepspeech2 import JamoCTCTokenizer
 
 __all__ = [
-    "AdapterStore",
     "DeepSpeech2Config",
     "DeepSpeech2FeatureExtractor",
     "DeepSpeech2ForCTC",

@@ -37,7 +37,7 @@ class AdapterMaps:
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordedMaps:
     """What a thread wants of its calls: a place for maps, and whether they have attention."""
 
     maps: list[AdapterMaps]
@@ -173,7 +173,7 @@ class TransformerBlock(nn.Module):
         self.output_norm = nn.LayerNorm(width)
         self.gate = nn.Linear(width, width) if config.use_gate else None
         self.scale = nn.Parameter(torch.full((1,), float(config.scale_init)))
-        self.recordings: dict[int, Recording] = {}  # of threads
+        self.recordings: dict[int, RecordedMaps] = {}  # of threads
         nn.init.zeros_(self.output_norm.weight)
         nn.init.zeros_(self.output_norm.bias)
 
@@ -236,7 +236,7 @@ class TransformerBlock(nn.Module):
         """
         thread, maps = threading.get_ident(), []
         before = self.recordings.get(thread)
-        self.recordings[thread] = Recording(maps, with_attention)
+        self.recordings[thread] = RecordedMaps(maps, with_attention)
         try:
             yield maps
         finally:

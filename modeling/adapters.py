@@ -150,8 +150,8 @@ class SpeechAdapterModel(BaseTuner):
     def add_weighted_adapter(self, *_args, **_kwargs) -> None:
         """Refuses: as with merging, what adapters say together is not what a sum of their weights says."""
         raise ValueError(
-            "Speech adapters are not linear and have no weighted sum. `python -m recipes.adapters merge` writes an "
-            "adapter of mean weights, to be tried on speech like any other."
+            "Speech adapters are not linear and have no weighted sum. `python recipes/manage_adapters.py merge` "
+            "writes an adapter of mean weights, to be tried on speech like any other."
         )
 
     @classmethod

@@ -107,7 +107,7 @@ def clips_followed(model: nn.Module, is_mine: Callable[[], bool]) -> Iterator[No
             handle.remove()
 
 
-def read_clips(model: nn.Module, arguments: Mapping[str, object]) -> ClipOwners | None:
+def read_clip_owners(model: nn.Module, arguments: Mapping[str, object]) -> ClipOwners | None:
     """Returns the clips among the arguments of a call of `model`, if there are some."""
     input_ids, mask = arguments.get("input_ids"), arguments.get(MASK_NAME)
     return None if input_ids is None or mask is None else ClipOwners(model, input_ids, mask)
@@ -117,7 +117,7 @@ def _enter(model: nn.Module, args: tuple, kwargs: dict | None = None, *, is_mine
     if not is_mine():  # nor are there `kwargs` for a thread that runs while the hook is being put up
         return
     arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
-    if (owners := read_clips(model, arguments)) is not None:
+    if (owners := read_clip_owners(model, arguments)) is not None:
         _of_thread.calls = (*getattr(_of_thread, "calls", ()), owners)
 
 

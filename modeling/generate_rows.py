@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from .adapter_calls import SHARED, Call
-from .clip_owners import read_clips
+from .clip_owners import read_clip_owners
 
 
 def follow_generate(model: nn.Module) -> None:
@@ -42,7 +42,7 @@ def _read_setting(model: nn.Module, args: tuple, kwargs: Mapping[str, object], n
 
 
 def _check_clips(model: nn.Module, kwargs: Mapping[str, object], *, num_repeats: int) -> None:
-    owners = read_clips(model, kwargs)
+    owners = read_clip_owners(model, kwargs)
     if num_repeats == 1 or owners is None or owners.row_of_clip == list(range(owners.num_rows)):
         return
     raise ValueError(

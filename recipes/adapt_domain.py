@@ -13,13 +13,17 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 
 from data.ldv import LDVChannel
 from data.prompts import make_prompt
+from inference.audio_models import find_family, find_tower
 from modeling.adapters import save_adapter
 from modeling.files import write_whole
-from recipes.arguments import parse_arguments
-from recipes.audio_tower import add_adapter, find_block, find_family, find_tower
-from recipes.card import CardArguments
-from recipes.corpus_arguments import CorpusArguments
-from recipes.domain_methods import (
+from publishing.card import CardArguments
+from publishing.domain_report import DomainReportCallback
+from publishing.hub import push_folder, take_hub_target
+from publishing.report import print_results
+from training.arguments import parse_arguments
+from training.audio_tower import add_adapter, find_tower_block
+from training.corpus_arguments import CorpusArguments
+from training.domain_methods import (
     ADAPTER_NAME,
     MAX_TRAINABLE_SHARE,
     DomainArguments,
@@ -30,22 +34,19 @@ from recipes.domain_methods import (
     make_config,
     prepare_training,
 )
-from recipes.domain_report import DomainReportCallback
-from recipes.domain_results import (
-    describe_run,
+from training.domain_results import (
+    describe_domain_run,
     describe_training,
     draw_adapter_maps,
     evaluate_base,
     measure_errors,
     measure_pairs,
-    save_outcome,
+    save_domain_outcome,
 )
-from recipes.domain_training import DomainTrainer, DomainTrainingArguments
-from recipes.hub import push_folder, take_hub_target
-from recipes.output_folder import check_output_dir, claim_output_dir
-from recipes.planning import quantize_shapes
-from recipes.report import print_results
-from recipes.trainer import check_trainable
+from training.objectives.domain import DomainTrainer, DomainTrainingArguments
+from training.output_folder import check_output_dir, claim_output_dir
+from training.planning import quantize_shapes
+from training.trainer import check_trainable
 
 ARGUMENTS = (DomainArguments, CorpusArguments, LDVChannel, CardArguments, DomainTrainingArguments)
 
@@ -63,7 +64,7 @@ def plan_model(arguments: tuple) -> nn.Module:
         add_adapter(model, make_config(domain_args, family), ADAPTER_NAME)
     if domain_args.objective != "distill":
         return model
-    return nn.ModuleDict({"tower": find_tower(model), "speech_adapter_block": find_block(model, ADAPTER_NAME)})
+    return nn.ModuleDict({"tower": find_tower(model), "speech_adapter_block": find_tower_block(model, ADAPTER_NAME)})
 
 
 def main() -> None:
@@ -137,8 +138,8 @@ def adapt(
     # Evaluate what was saved, as others will load it
     if not domain_args.tower_only:
         results |= measure_errors(domain_args, output_dir, evaluation, **score)
-    subject = describe_run(domain_args, corpus_args, card_args, hub_target, model)
-    save_outcome(output_dir, results, subject, report=report, trained=model, maps=maps)
+    subject = describe_domain_run(domain_args, corpus_args, card_args, hub_target, model)
+    save_domain_outcome(output_dir, results, subject, report=report, trained=model, maps=maps)
     print_results(results)
 
     # Push

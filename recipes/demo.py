@@ -10,8 +10,8 @@ from pathlib import Path
 
 from data.synthesis import UNUSUAL_VOICES
 from modeling.files import write_whole
-from recipes.launch import run_recipe
-from recipes.report import RESULTS_NAME, draw_speakers, format_table
+from publishing.report import RESULTS_NAME, draw_speakers, format_table
+from training.launch import run_recipe
 
 MAX_TRAIN_SECONDS = 40
 

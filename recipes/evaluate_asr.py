@@ -17,19 +17,19 @@ from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from data.annotations import STYLES
-from data.asr import UtteranceDataset, decode_clips
 from data.corpora import DEFAULT_SPLIT
 from data.metrics import format_score_table
 from data.speakers import select_speakers
 from data.text import set_language
+from data.utterances import UtteranceDataset, decode_clips
+from inference.beam_search import DecodingArguments, build_decoder
+from inference.decoding import load_recognizer
+from inference.scoring import evaluate_dataset
 from modeling.adapters import adapters_off
 from modeling.files import write_text
-from recipes.arguments import parse_arguments
-from recipes.beam_search import DecodingArguments, build_decoder
-from recipes.corpus_arguments import load_split
-from recipes.decoding import load_recognizer
-from recipes.report import format_table
-from recipes.scoring import evaluate_dataset
+from publishing.report import format_table
+from training.arguments import parse_arguments
+from training.corpus_arguments import load_split
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,15 @@ from data.augmentation import RecipeAugmentation
 from data.text import set_language
 from modeling.adapter_files import read_adapter
 from modeling.adapters import adapters_off, is_adapter_parameter
-from recipes.arguments import parse_arguments
-from recipes.cached_training import CacheArguments, FrozenPart
-from recipes.card import CardArguments
-from recipes.corpus_arguments import CorpusArguments, load_split
-from recipes.hub import push_folder, take_hub_target
-from recipes.output_folder import check_output_dir, claim_output_dir
-from recipes.personal_adapters import (
+from modeling.whole_models import load_whole
+from publishing.card import CardArguments
+from publishing.hub import push_folder, take_hub_target
+from publishing.report import print_results
+from training.arguments import parse_arguments
+from training.corpus_arguments import CorpusArguments, load_split
+from training.frozen_part import CacheArguments, FrozenPart
+from training.output_folder import check_output_dir, claim_output_dir
+from training.personal import (
     ADAPTER_NAME,
     ALL_SPEAKERS,
     MAX_TRAINABLE_SHARE,
@@ -30,14 +32,12 @@ from recipes.personal_adapters import (
     add_personal_adapter,
     collect_results,
     count_sizes,
-    describe_run,
-    save_outcome,
+    describe_personal_run,
+    save_personal_outcome,
     score_datasets,
 )
-from recipes.personalize_many import personalize_many
-from recipes.report import print_results
-from recipes.trainer import AdapterTrainer, check_trainable
-from recipes.whole_models import load_whole
+from training.personalize_many import personalize_many
+from training.trainer import AdapterTrainer, check_trainable
 
 ARGUMENTS = (
     PersonalArguments,
@@ -133,8 +133,8 @@ def personalize(
     results = collect_results(data, base_scores, score(), sizes=count_sizes(model), runtime=runtime)
     if not trainer.is_world_process_zero():
         return
-    subject = describe_run(personal_args, corpus_args, card_args, hub_target, data.train.seconds)
-    save_outcome(model, processor, personal_args, subject, training_args.output_dir, results)
+    subject = describe_personal_run(personal_args, corpus_args, card_args, hub_target, data.train.seconds)
+    save_personal_outcome(model, processor, personal_args, subject, training_args.output_dir, results)
     print_results(results)
 
     # Push

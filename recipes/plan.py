@@ -22,11 +22,12 @@ from transformers.training_args import OptimizerNames
 
 from data.audio import SAMPLING_RATE
 from data.augmentation import Augmentation
-from data.feature_cache import DTYPES
+from data.state_cache import DTYPES
 from modeling.files import write_text
-from modeling.frozen_prefix import find_frozen_prefix
-from recipes.arguments import parse_arguments
-from recipes.planning import (
+from publishing.report import format_table
+from training.arguments import parse_arguments
+from training.frozen_prefix import find_frozen_prefix
+from training.planning import (
     DEFAULT_CHARACTERS,
     DEFAULT_SECONDS,
     CorpusSize,
@@ -39,8 +40,7 @@ from recipes.planning import (
     estimate_widest,
     measure_corpus,
 )
-from recipes.report import format_table
-from recipes.trial import Trial, draw_batch, run_trial
+from training.trial import Trial, draw_batch, run_trial
 
 RECIPES = Path(__file__).parent
 # Where a container's limit of memory stands, in bytes or "max", and what it uses.

@@ -15,7 +15,6 @@ from typing import ClassVar
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
 
-from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation, RecipeAugmentation
 from data.collators import CTCCollator
 from data.overlap import describe_overlap
@@ -23,6 +22,8 @@ from data.speakers import select_speakers
 from data.spelling import MAX_CLIP_SECONDS
 from data.streaming import EndlessUtterances, stream_utterances
 from data.text import TEXT_UNITS, TRANSCRIPTS, build_vocabulary, describe_transcripts, normalize_text, set_language
+from data.utterances import UtteranceDataset, decode_clips
+from inference.scoring import evaluate_dataset
 from modeling import (
     DeepSpeech2Config,
     DeepSpeech2FeatureExtractor,
@@ -30,15 +31,14 @@ from modeling import (
     DeepSpeech2Processor,
     JamoCTCTokenizer,
 )
-from recipes.arguments import parse_arguments
-from recipes.card import CardArguments, CardSubject, write_card
-from recipes.corpus_arguments import CorpusArguments, load_split
-from recipes.hub import push_folder, take_hub_target
-from recipes.output_folder import check_output_dir, claim_output_dir
-from recipes.report import print_results, write_results
-from recipes.scoring import evaluate_dataset
-from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
-from recipes.whole_models import load_whole
+from modeling.whole_models import load_whole
+from publishing.card import CardArguments, CardSubject, write_card
+from publishing.hub import push_folder, take_hub_target
+from publishing.report import print_results, write_results
+from training.arguments import parse_arguments
+from training.corpus_arguments import CorpusArguments, load_split
+from training.output_folder import check_output_dir, claim_output_dir
+from training.trainer import AdapterTrainer, RecipeTrainingArguments
 
 
 @dataclass
@@ -200,7 +200,7 @@ def build_dataset(
     return UtteranceDataset(clips, processor, concatenate=arguments.concatenate, augmentation=augmentation, seed=seed)
 
 
-def describe_run(
+def describe_ctc_run(
     model_args: ModelArguments, corpus_args: CorpusArguments, card_args: CardArguments, results: dict
 ) -> CardSubject:
     """Returns what the card is about."""
@@ -294,7 +294,7 @@ def train(
         return
     print_results(results)
     write_results(training_args.output_dir, results)
-    write_card(training_args.output_dir, describe_run(model_args, corpus_args, card_args, results))
+    write_card(training_args.output_dir, describe_ctc_run(model_args, corpus_args, card_args, results))
 
     # Push
     if hub_target:

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from data.audio import AudioError
 from data.audio_files import STDIN
-from modeling.adapter_store import AdapterStore, list_adapter_names, locate_adapter
+from inference.adapter_store import AdapterStore, list_adapter_names, locate_adapter
+from inference.beam_search import DecodingArguments, build_decoder
+from inference.decoding import iterate_transcripts, load_recognizer
+from inference.transcript_output import list_recordings, write_transcripts
 from modeling.adapters import BASE, check_adapter_name
-from recipes.arguments import parse_arguments
-from recipes.beam_search import DecodingArguments, build_decoder
-from recipes.decoding import iterate_transcripts, load_recognizer
-from recipes.transcript_output import list_recordings, write_transcripts
+from training.arguments import parse_arguments
 
 BASE_SPEAKERS = ("base", BASE)  # speakers without an adapter
 ONLY_ADAPTER = "adapter"  # name of the one that is given without a name

@@ -20,6 +20,7 @@ from serving import write_adapter
 from transformers import Trainer, Wav2Vec2CTCTokenizer
 
 from data.synthesis import Voice, synthesize
+from inference.decoding import split_batches
 from modeling import (
     DeepSpeech2Config,
     DeepSpeech2FeatureExtractor,
@@ -28,7 +29,6 @@ from modeling import (
     SpeechAdapterConfig,
 )
 from modeling.adapters import save_adapter
-from recipes.decoding import split_batches
 from recipes.train_ctc import main as train_ctc_main
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +159,7 @@ def heard_batches(monkeypatch) -> list[int]:
             sizes.append(len(batch))
             yield batch
 
-    monkeypatch.setattr("recipes.decoding.split_batches", count)
+    monkeypatch.setattr("inference.decoding.split_batches", count)
     return sizes
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling import AdapterStore, DeepSpeech2ForCTC, SpeechAdapterConfig, load_speech_adapter, save_adapter
+from inference.adapter_store import AdapterStore
+from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, load_speech_adapter, save_adapter
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, BASE, is_adapter_parameter
 
 CONFIG_NAME = "adapter_config.json"

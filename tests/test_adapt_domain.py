@@ -13,14 +13,15 @@ from transformers import AutoProcessor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data.ldv import LDVChannel
+from inference.answering import answer, load_chat
+from inference.audio_models import find_family, load_model
 from modeling.adapters import adapters_off
+from publishing.hub import HubTarget, collect_files
 from recipes.adapt_domain import ARGUMENTS, main
-from recipes.arguments import parse_arguments
-from recipes.audio_tower import find_family, load_model, load_tower_alone
-from recipes.chat import answer, load_chat
-from recipes.domain_methods import METHODS, DomainArguments
-from recipes.hub import HubTarget, collect_files
 from tests.speech_models import save_base
+from training.arguments import parse_arguments
+from training.audio_tower import load_tower_alone
+from training.domain_methods import METHODS, DomainArguments
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("whisper", "qwen2_audio")
@@ -95,7 +96,7 @@ def spy(monkeypatch, load, look) -> list:
         seen.append(look(model))
         return model
 
-    monkeypatch.setattr(f"recipes.domain_methods.{load.__name__}", load_and_look)
+    monkeypatch.setattr(f"training.domain_methods.{load.__name__}", load_and_look)
     return seen
 
 

@@ -11,7 +11,8 @@ from serving import BIAS, CONFIG_NAME, logits, logits_loaded, logits_served, wri
 from stock_models import MAKERS, add_trained, configure, count_hooks, generate, make_batch
 
 from benchmarks.serving import main as run_benchmark
-from modeling import AdapterStore, SpeechAdapterConfig, load_speech_adapter, save_adapter
+from inference.adapter_store import AdapterStore
+from modeling import SpeechAdapterConfig, load_speech_adapter, save_adapter
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, BASE, SpeechAdapterLayer, adapter_rows
 
 FRAME_KINDS = ("mlp", "bottleneck", "replacement")

@@ -11,14 +11,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save
 from serving import BIAS, CONFIG_NAME, logits_loaded, logits_served, write_adapter
 
-from modeling import AdapterStore, DeepSpeech2ForCTC, SpeechAdapterConfig, load_speech_adapter, save_adapter
+from inference.adapter_store import MAX_TABLES, AdapterStore, list_adapter_names, locate_adapter
+from inference.adapter_table import _describe as describe
+from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, load_speech_adapter, save_adapter
 from modeling.adapter_files import read_adapter
-from modeling.adapter_store import MAX_TABLES, list_adapter_names, locate_adapter
-from modeling.adapter_table import _describe as describe
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, BASE
 from modeling.files import PENDING_FOLDER
-from recipes.adapters import main as adapters_main
-from recipes.hub import HubTarget, collect_files
+from publishing.hub import HubTarget, collect_files
+from recipes.manage_adapters import main as adapters_main
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 1.5, "2"])
@@ -248,7 +248,7 @@ def test_an_adapter_that_changes_while_it_is_checked_is_read_again(
         return saved
 
     changes = []
-    monkeypatch.setattr("modeling.adapter_store.read_adapter", read_late)
+    monkeypatch.setattr("inference.adapter_store.read_adapter", read_late)
     said = logits_served(AdapterStore(tiny_model, store_folder), ["ann"] * 5, five_rows)
 
     assert len(changes) == 1
@@ -271,7 +271,7 @@ def test_weights_that_change_while_they_are_read_are_read_again(
             path.write_bytes(content)
         return describe(status)
 
-    monkeypatch.setattr("modeling.adapter_table._describe", describe_and_change)
+    monkeypatch.setattr("inference.adapter_table._describe", describe_and_change)
     said = logits_served(store, ["ann"] * 5, five_rows)
 
     assert looks.count(True) > 2
@@ -302,7 +302,7 @@ def test_adapters_that_come_back_into_memory_are_read_without_the_checks(tiny_mo
         read.append(Path(folder).name)
         return read_adapter(folder)
 
-    monkeypatch.setattr("modeling.adapter_store.read_adapter", count)
+    monkeypatch.setattr("inference.adapter_store.read_adapter", count)
     store = AdapterStore(tiny_model, people, capacity=1)
     for name in ("ann", "ben", "ann", "ben"):
         store.activate(name)

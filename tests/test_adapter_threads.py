@@ -12,9 +12,10 @@ from peft import LoraConfig
 from serving import logits, logits_loaded, logits_served
 from stock_models import add_trained, configure, find_layer, make_batch, make_whisper
 
-from modeling import AdapterStore, SpeechAdapterConfig, adapter_rows, load_speech_adapter
+from inference.adapter_store import AdapterStore
+from modeling import SpeechAdapterConfig, adapter_rows, load_speech_adapter
 from modeling.adapters import BASE, adapters_off, find_active_adapters
-from modeling.frozen_prefix import find_frozen_prefix
+from training.frozen_prefix import find_frozen_prefix
 
 NUM_THREADS, NUM_CALLS = 4, 12
 KINDS = {

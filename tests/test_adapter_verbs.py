@@ -97,7 +97,7 @@ def test_unload_gives_the_base_back_and_merging_and_weighing_are_refused(tiny_mo
     peft_model.add_adapter("ben", SpeechAdapterConfig(**CONFIGS[kind]))
     with pytest.raises(ValueError, match="cannot be merged into the base. Keep them beside it"):
         peft_model.merge_and_unload()
-    with pytest.raises(ValueError, match="have no weighted sum. `python -m recipes.adapters merge`"):
+    with pytest.raises(ValueError, match="have no weighted sum. `python recipes/manage_adapters.py merge`"):
         peft_model.add_weighted_adapter(["ann", "ben"], [0.5, 0.5], "both")
     base = peft_model.unload()
     assert [name for name, _ in base.named_modules()] == names

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling import SpeechAdapterConfig
 from modeling.adapters import save_adapter
-from recipes.adapters import list_adapters, main
+from recipes.manage_adapters import list_adapters, main
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -85,7 +85,7 @@ def test_list_opens_no_weights_among_thousands(tmp_path, monkeypatch):
 
 
 def test_list_starts_without_torch(store):
-    code = "import sys; from recipes.adapters import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    code = "import sys; from recipes.manage_adapters import main; main(sys.argv[1:]); print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, "list", str(store)]
     root = Path(__file__).parents[1]
     assert subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout.endswith("False\n")
@@ -114,7 +114,7 @@ def test_copy_that_breaks_off_leaves_nothing(store, monkeypatch):
     def break_off(*_args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("recipes.adapters.os.rename", break_off)
+    monkeypatch.setattr("recipes.manage_adapters.os.rename", break_off)
     with pytest.raises(OSError, match="disk full"):
         main(["copy", str(store / "alice"), str(store / "carol")])
     assert {path.name for path in store.iterdir()} == {"alice", "bob"}

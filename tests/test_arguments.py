@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes.arguments import parse_arguments
-from recipes.corpus_arguments import CorpusArguments
-from recipes.trainer import RecipeTrainingArguments
+from training.arguments import parse_arguments
+from training.corpus_arguments import CorpusArguments
+from training.trainer import RecipeTrainingArguments
 
 
 @dataclass

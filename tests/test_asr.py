@@ -11,7 +11,9 @@ import soundfile
 import torch
 from datasets import Dataset
 
-from data.asr import (
+from data.audio import AudioError
+from data.augmentation import Augmentation
+from data.utterances import (
     UtteranceDataset,
     count_ctc_frames,
     decode_clips,
@@ -19,8 +21,6 @@ from data.asr import (
     find_text_unit,
     join_clips,
 )
-from data.audio import AudioError
-from data.augmentation import Augmentation
 from modeling import JamoCTCTokenizer
 
 TEXTS = ["One, two!", "three", "four", "five six", "seven", "eight"]

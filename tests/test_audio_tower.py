@@ -13,22 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from data.prompts import make_prompt
+from inference.audio_models import find_family, find_tower, load_model
 from modeling import SpeechAdapterConfig
 from modeling.adapters import is_adapter_parameter, load_speech_adapter, save_adapter
 from modeling.fingerprint import count_unknown, fingerprint_base, list_differences
-from recipes.audio_tower import (
-    adapt,
-    add_adapter,
-    find_block,
-    find_family,
-    find_tower,
-    load_model,
-    load_tower_alone,
-    run_tower,
-    tower_skipped,
-)
-from recipes.checkpoint_digest import note_checkpoint
 from tests.speech_models import save_base
+from training.audio_tower import add_adapter, apply_block, find_tower_block, load_tower_alone, run_tower, tower_skipped
+from training.checkpoint_digest import note_checkpoint
 
 FAMILIES = ("whisper", "qwen2_audio")
 TRANSFORMER = {"kind": "transformer", "num_layers": 1, "num_heads": 2, "ffn_size": 8, "dropout": 0.0}
@@ -134,7 +125,7 @@ def test_an_adapter_made_on_the_tower_alone_acts_on_the_whole_model(bases, tmp_p
     whole = load_model(str(bases[family])).eval()
     load_speech_adapter(whole, str(tmp_path / "adapter"), "domain")
     states, lengths = run_tower(alone, batch), torch.tensor([50, 29]) // (1 + (family == "qwen2_audio"))
-    expected = adapt(find_block(alone, "domain").eval(), states, lengths)
+    expected = apply_block(find_tower_block(alone, "domain").eval(), states, lengths)
     heard = []
     module = whole.get_submodule(
         {"whisper": "model.encoder", "qwen2_audio": "model.multi_modal_projector.base_layer"}[family]
@@ -209,16 +200,16 @@ def test_an_adapter_elsewhere_is_not_found_on_the_tower_s_output(bases):
     model = load_model(str(bases["whisper"]))
     add_adapter(model, configs(model)["lora_llm"], "domain")
     with pytest.raises(ValueError, match="must have one adapter 'domain' on its tower's output, got 0"):
-        find_block(model, "domain")
+        find_tower_block(model, "domain")
 
 
 MEMORY_PROGRAM = """
 import json, sys
 import torch
 import modeling
-from recipes.audio_tower import load_tower_alone
+from training.audio_tower import load_tower_alone
 from modeling.fingerprint import fingerprint_base
-from recipes.checkpoint_digest import note_checkpoint
+from training.checkpoint_digest import note_checkpoint
 
 def peak():
     with open("/proc/self/status") as file:

@@ -8,9 +8,9 @@ import soundfile
 from datasets import Dataset
 
 from data import rooms
-from data.asr import UtteranceDataset, decode_clips
 from data.audio import SAMPLING_RATE
 from data.augmentation import Augmentation, RecipeAugmentation, split_clip
+from data.utterances import UtteranceDataset, decode_clips
 
 ALL = Augmentation(min_speed=0.9, max_speed=1.1, pause_share=1.0, room_share=1.0, device_share=1.0)
 

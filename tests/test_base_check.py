@@ -15,9 +15,9 @@ from stock_models import add_trained, configure, make_whisper
 from test_clean_process import BLOCKER
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration
 
+from inference.decoding import load_recognizer, recognize_batch
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
 from modeling.adapters import save_adapter_code
-from recipes.decoding import load_recognizer, recognize_batch
 
 
 @pytest.fixture(scope="module")

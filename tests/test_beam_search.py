@@ -9,8 +9,7 @@ import pytest
 from transformers import Wav2Vec2CTCTokenizer
 
 from data.text import build_vocabulary, normalize_text, set_language
-from modeling import JamoCTCTokenizer
-from recipes.beam_search import (
+from inference.beam_search import (
     BeamDecoder,
     DecodingArguments,
     build_decoder,
@@ -18,6 +17,7 @@ from recipes.beam_search import (
     read_word_list,
     spell_words,
 )
+from modeling import JamoCTCTokenizer
 
 ARPA = """\\data\\
 ngram 1=5

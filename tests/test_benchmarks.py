@@ -27,8 +27,8 @@ from benchmarks.personal_loops import (
 from benchmarks.personal_training import Case, count_adapter_flops, count_padded, count_pass_flops
 from benchmarks.results_file import digest_source, store_result
 from benchmarks.training_memory import PeakMemory, measure_memory
-from data.asr import count_ctc_frames
-from data.feature_cache import PackedCollator
+from data.state_cache import PackedCollator
+from data.utterances import count_ctc_frames
 
 VOCAB_SIZE = 12
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.cache_file import CacheWriter, find_damage
+from data.cache_file import CacheWriter, find_cache_damage
 
 
 def write_file(path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -32,10 +32,10 @@ def test_frames_are_in_the_order_of_writing_with_a_table_of_where_they_are(tmp_p
 
 def test_a_whole_file_has_no_damage_and_fits_its_key_and_precision_alone(tmp_path):
     write_file(tmp_path / "file")
-    assert find_damage(tmp_path / "file", "k", torch.float32) is None
-    assert find_damage(tmp_path / "file", "l", torch.float32) == "it was made for another key"
-    assert find_damage(tmp_path / "file", "k", torch.bfloat16) == "the checksum of 'h' is another"
-    assert find_damage(tmp_path / "absent", "k", torch.float32).startswith("it cannot be read")
+    assert find_cache_damage(tmp_path / "file", "k", torch.float32) is None
+    assert find_cache_damage(tmp_path / "file", "l", torch.float32) == "it was made for another key"
+    assert find_cache_damage(tmp_path / "file", "k", torch.bfloat16) == "the checksum of 'h' is another"
+    assert find_cache_damage(tmp_path / "absent", "k", torch.float32).startswith("it cannot be read")
 
 
 def test_every_changed_bit_and_every_missing_byte_is_found(tmp_path):
@@ -52,7 +52,7 @@ def test_every_changed_bit_and_every_missing_byte_is_found(tmp_path):
             ),
         ):
             path.write_bytes(damaged)
-            unnoticed += [position] * (find_damage(path, "k", torch.float32) is None)
+            unnoticed += [position] * (find_cache_damage(path, "k", torch.float32) is None)
     assert not unnoticed
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
 from data.corpora import load_corpus
+from data.utterances import UtteranceDataset, decode_clips
 from modeling import SpeechAdapterConfig
-from modeling.frozen_prefix import FrozenPrefix
-from recipes.cached_training import CacheArguments, FrozenPart
+from training.frozen_part import CacheArguments, FrozenPart
+from training.frozen_prefix import FrozenPrefix
 
 
 @pytest.fixture

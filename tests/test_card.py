@@ -5,8 +5,8 @@ import re
 
 from huggingface_hub import ModelCard
 
-from recipes.card import CardSubject, write_card
-from recipes.report import write_results
+from publishing.card import CardSubject, write_card
+from publishing.report import write_results
 
 NAME = 'a$b$|<i>`c`"_d_'
 RESULTS = {

@@ -8,12 +8,14 @@ import pytest
 import soundfile
 import torch
 
-from data.domain import find_cuts
+from data.domain_clips import find_cuts
+from inference.answering import answer, load_chat
+from inference.audio_models import load_model
 from modeling import SpeechAdapterConfig
 from modeling.adapters import is_adapter_parameter, save_adapter
-from recipes.audio_tower import add_adapter, load_model
-from recipes.chat import answer, flag_question, load_chat, main
+from recipes.chat import flag_question, main
 from tests.speech_models import save_base
+from training.audio_tower import add_adapter
 
 FAMILIES = ("whisper", "qwen2_audio")
 

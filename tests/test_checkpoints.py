@@ -13,9 +13,9 @@ from safetensors.torch import load
 from test_trainer import NoiseDataset, adapter_tensors, assert_same, load_base, make_trainer, small
 from transformers import EarlyStoppingCallback
 
-from recipes.checkpoints import list_checkpoints
-from recipes.report import write_results
-from recipes.trainer import AdapterTrainer
+from publishing.report import write_results
+from training.checkpoints import list_checkpoints
+from training.trainer import AdapterTrainer
 
 SAVING = {"save_strategy": "steps", "save_total_limit": None}
 

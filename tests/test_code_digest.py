@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 
 from data import code_digest
-from data.asr import read_clip
 from data.code_digest import digest_code, map_versioned
+from data.utterances import read_clip
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_arguments_remain_part_of_the_key(simulator):
 
 def test_the_digest_follows_imports_of_this_project_and_versions_of_others(monkeypatch):
     before = digest_code(read_clip)
-    monkeypatch.setattr("soundfile.__version__", "0.0")  # data.asr imports data.audio, which imports soundfile
+    monkeypatch.setattr("soundfile.__version__", "0.0")  # data.utterances imports data.audio, which imports soundfile
     code_digest._digest_modules.cache_clear()
     assert digest_code(read_clip) != before
     monkeypatch.undo()

@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCTC, AutoProcessor
 
+from converters.kospeech import convert_checkpoint, infer_num_mel_bins, read_vocabulary
+from converters.pickles import load_legacy_checkpoint, read_legacy_pickle
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig
-from modeling.legacy_checkpoints import load_legacy_checkpoint, read_legacy_pickle
-from recipes.convert_kospeech import convert_checkpoint, infer_num_mel_bins, main, read_vocabulary
+from recipes.convert_kospeech import main
 
 # The recogniser of KoSpeech from its published description; `forward` is independent of the project's model.
 KOSPEECH_MODEL = """

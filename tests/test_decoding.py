@@ -9,17 +9,17 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.asr import UtteranceDataset, decode_clips
 from data.audio import AudioError, read_audio
 from data.corpora import load_corpus
 from data.metrics import score_by_speaker
+from data.utterances import UtteranceDataset, decode_clips
+from inference import chunking
+from inference.beam_search import BeamDecoder
+from inference.chunking import Chunking, ChunkStitcher, RecordingPath, find_pause, stitch_chunks
+from inference.decoding import Word, load_recognizer, locate_words, recognize_batch, transcribe_recordings
+from inference.scoring import evaluate_dataset
 from modeling import DeepSpeech2FeatureExtractor, DeepSpeech2Processor, JamoCTCTokenizer
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, BASE, adapters_off
-from recipes import chunking
-from recipes.beam_search import BeamDecoder
-from recipes.chunking import Chunking, ChunkStitcher, RecordingPath, find_pause, stitch_chunks
-from recipes.decoding import Word, load_recognizer, locate_words, recognize_batch, transcribe_recordings
-from recipes.scoring import evaluate_dataset
 
 QUICK = {"chunk_seconds": 0.4, "overlap_seconds": 0.12}  # 20 frames of 20 ms, 6 of them shared
 

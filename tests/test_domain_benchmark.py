@@ -24,7 +24,7 @@ from data.audio import SAMPLING_RATE
 from data.corpora import load_corpus
 from data.prepare_fsdd import DIGITS
 from recipes.adapt_domain import ARGUMENTS
-from recipes.arguments import parse_arguments
+from training.arguments import parse_arguments
 
 
 @pytest.fixture(scope="module")

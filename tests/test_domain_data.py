@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from data.corpora import load_corpus
-from data.domain import decode_domain, find_cuts, list_cuts, match_pairs, select_domain, split_long
+from data.domain_clips import decode_domain, find_cuts, list_cuts, match_pairs, select_domain, split_long
 
 RATE = 16_000
 

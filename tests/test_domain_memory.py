@@ -24,7 +24,7 @@ from benchmarks.domain_memory import (
     take_from_cache,
     watch_steps,
 )
-from recipes.domain_methods import METHODS
+from training.domain_methods import METHODS
 
 CPU = torch.device("cpu")
 TINY = ["--config", "tiny", "--device", "cpu", "--batch_size", "2", "--seconds", "2", "--num_steps", "1"]

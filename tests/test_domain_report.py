@@ -16,17 +16,17 @@ from transformers import TrainingArguments, WhisperConfig, WhisperForConditional
 from modeling import SpeechAdapterConfig
 from modeling.adapter_transformer import AdapterMaps
 from modeling.adapters import adapters_off
-from recipes.domain_report import (
+from publishing.domain_report import (
     DomainReportCallback,
     draw_clip_maps,
     draw_maps,
-    find_blocks,
+    find_transformer_blocks,
     group_trainable,
     list_trainable,
     measure_gates,
     write_domain_report,
 )
-from recipes.trainer import AdapterTrainer
+from training.trainer import AdapterTrainer
 
 BLOCK = "model.encoder.layer_norm.speech_adapter_blocks.ldv"
 
@@ -125,13 +125,13 @@ def test_history_has_gates_and_scale_of_every_logged_step(adapted, tmp_path):
     with adapters_off(reference), torch.no_grad():
         features = torch.stack([Utterances()[index]["input_features"] for index in range(4)])
         states = reference.model.encoder(features).last_hidden_state
-        gates = torch.sigmoid(find_blocks(reference)[BLOCK].gate(states))
+        gates = torch.sigmoid(find_transformer_blocks(reference)[BLOCK].gate(states))
     callback = train(adapted, tmp_path, max_steps=3, train_sampling_strategy="sequential")
 
     expected = {"mean": gates.mean().item(), "min": gates.min().item(), "max": gates.max().item()}
     assert callback.history[0]["gates"][BLOCK] == pytest.approx(expected, rel=1e-5)
     assert [row["step"] for row in callback.history] == [1, 2, 3]
-    assert callback.history[-1]["scale"] == {BLOCK: find_blocks(adapted)[BLOCK].scale.item()}
+    assert callback.history[-1]["scale"] == {BLOCK: find_transformer_blocks(adapted)[BLOCK].scale.item()}
 
 
 def test_history_leaves_evaluations_out(adapted, tmp_path):
@@ -142,7 +142,7 @@ def test_history_leaves_evaluations_out(adapted, tmp_path):
 
 def test_gates_out_of_the_healthy_range_are_warned_of_once(adapted, tmp_path, caplog):
     with torch.no_grad():
-        find_blocks(adapted)[BLOCK].gate.bias.fill_(4.0)
+        find_transformer_blocks(adapted)[BLOCK].gate.bias.fill_(4.0)
     callback = train(adapted, tmp_path, max_steps=3)
 
     assert find_healthy_rows(callback) == []
@@ -190,7 +190,7 @@ def test_error_picture_shows_the_bars_of_both_domains(tmp_path):
 
 @pytest.mark.parametrize(("rate", "label"), [("wer", "word error rate (%)"), ("cer", "character error rate (%)")])
 def test_error_picture_names_the_rate_that_judges(tmp_path, rate, label):
-    with patch("recipes.domain_report.save_figure") as save:
+    with patch("publishing.domain_report.save_figure") as save:
         write_domain_report(tmp_path, {"results": {f"ldv_{rate}_before": 0.8, f"ldv_{rate}_after": 0.2}})
     (axes,) = save.call_args[0][0].axes
     assert axes.get_ylabel() == label

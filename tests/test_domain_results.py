@@ -7,9 +7,9 @@ from datasets import Dataset
 from data.domain_utterances import DomainUtterances
 from data.metrics import score_by_speaker
 from data.text import normalize_text
-from recipes.chat import answer, load_chat
-from recipes.domain_results import score_answers
+from inference.answering import answer, load_chat
 from tests.speech_models import save_base
+from training.domain_results import score_answers
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

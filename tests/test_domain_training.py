@@ -13,10 +13,12 @@ from datasets import Dataset
 
 from data.domain_utterances import DomainCollator, DomainUtterances, PairedUtterances
 from data.prompts import make_prompt
+from inference.audio_models import load_model
 from modeling import SpeechAdapterConfig
 from modeling.adapters import is_adapter_parameter
-from recipes.audio_tower import add_adapter, find_block, load_model, load_tower_alone
-from recipes.domain_training import (
+from tests.speech_models import make_whisper_processor, save_base
+from training.audio_tower import add_adapter, find_tower_block, load_tower_alone
+from training.objectives.domain import (
     DISTANCES,
     DomainObjective,
     DomainTrainer,
@@ -25,7 +27,6 @@ from recipes.domain_training import (
     evaluate_distances,
     measure_distances,
 )
-from tests.speech_models import make_whisper_processor, save_base
 
 ROOT = Path(__file__).parents[1]
 PROMPT = make_prompt(make_whisper_processor())
@@ -68,7 +69,7 @@ def make_objective(base: str, objective: str, **options) -> DomainObjective:
     model = load_tower_alone(base) if objective == "distill" else load_model(base)
     config = SpeechAdapterConfig(kind="transformer", num_layers=1, num_heads=2, ffn_size=8, dropout=0.0)
     add_adapter(model, config, "domain")
-    block = find_block(model, "domain")
+    block = find_tower_block(model, "domain")
     torch.nn.init.normal_(block.output_norm.weight, std=0.3)
     return DomainObjective(model, objective, speech_adapter_block=block, **options).eval()
 
@@ -210,7 +211,7 @@ def test_two_processes_train_as_one_does(base, pairs, tmp_path):
         """
 import json, sys
 from pathlib import Path
-from recipes.processes import choose_device, join_processes
+from training.processes import choose_device, join_processes
 choose_device()
 assert join_processes().num_processes == 2
 from tests.test_domain_training import make_pairs, take_step

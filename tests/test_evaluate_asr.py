@@ -6,8 +6,8 @@ import soundfile
 from readme import find_arguments
 
 from data.metrics import score_by_speaker
-from recipes.beam_search import BeamDecoder
-from recipes.decoding import load_recognizer, transcribe_recordings
+from inference.beam_search import BeamDecoder
+from inference.decoding import load_recognizer, transcribe_recordings
 from recipes.evaluate_asr import check_regression, format_comparison, main
 
 TEXTS = ["go on", "stop now", "go home", "stop it"]

@@ -22,10 +22,9 @@ from datasets import Dataset
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from data.asr import UtteranceDataset
 from data.augmentation import Augmentation
 from data.collators import CTCCollator
-from data.feature_cache import (
+from data.state_cache import (
     CACHE_NAME,
     SCRATCH_PREFIX,
     CachedUtterances,
@@ -35,7 +34,8 @@ from data.feature_cache import (
     digest_utterances,
     resolve_cache_folder,
 )
-from recipes.trainer import SeededLengthSampler
+from data.utterances import UtteranceDataset
+from training.trainer import SeededLengthSampler
 
 TEXTS = ["one", "two", "three", "four", "five", "six", "seven"]
 # Bytes by which ten times the data may raise a process's memory: 30 MB are stored.
@@ -46,8 +46,8 @@ import json, sys
 import numpy as np, torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from data.asr import UtteranceDataset
-from data.feature_cache import CachedUtterances, PackedCollator
+from data.utterances import UtteranceDataset
+from data.state_cache import CachedUtterances, PackedCollator
 
 def read(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -195,7 +195,7 @@ def test_a_pickled_cache_holds_its_path_and_not_its_states(dataset, build):
 
 
 def test_a_second_user_reuses_the_states(dataset, build, tiny_processor, caplog):
-    caplog.set_level(logging.INFO, logger="data.feature_cache")
+    caplog.set_level(logging.INFO, logger="data.state_cache")
     batches = []
 
     def run(batch):

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 
 from modeling import SpeechAdapterConfig
 from modeling.adapters import is_adapter_parameter
-from recipes.audio_tower import run_tower
-from recipes.trainer import AdapterTrainer, RecipeTrainingArguments, set_frozen_modules_to_eval
+from training.audio_tower import run_tower
+from training.trainer import AdapterTrainer, RecipeTrainingArguments, set_frozen_modules_to_eval
 
 LABELS = torch.tensor([[9, 11]] * 3)
 CONFIGS = {

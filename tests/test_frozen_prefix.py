@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from modeling.adapter_blocks import AdapterDropout, seed_dropout
 from modeling.adapters import adapters_off, is_adapter_parameter
-from modeling.frozen_prefix import FrozenPrefix, find_frozen_prefix
+from training.frozen_prefix import FrozenPrefix, find_frozen_prefix
 
 LENGTHS = [40, 29, 28, 11]
 LABELS = torch.tensor([[3, 3, 5, 1], [6, 7, -100, -100], [-100] * 4, [2, 2, 8, -100]])

@@ -4,12 +4,12 @@ from dataclasses import fields
 
 import pytest
 
-from recipes.arguments import parse_arguments
-from recipes.domain_training import DomainTrainingArguments
-from recipes.honoured_arguments import HONOURED_BY_STACK, HONOURED_BY_TRAINER
-from recipes.personal_adapters import PersonalTrainingArguments
 from recipes.train_ctc import CTCTrainingArguments
-from recipes.trainer import RecipeTrainingArguments
+from training.arguments import parse_arguments
+from training.honoured_arguments import HONOURED_BY_STACK, HONOURED_BY_TRAINER
+from training.objectives.domain import DomainTrainingArguments
+from training.personal import PersonalTrainingArguments
+from training.trainer import RecipeTrainingArguments
 
 
 def parse(*flags: object, argument_type: type = RecipeTrainingArguments) -> RecipeTrainingArguments:

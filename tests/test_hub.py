@@ -16,11 +16,12 @@ from transformers import AutoModelForCTC, AutoProcessor, WhisperConfig, WhisperF
 
 from modeling import SpeechAdapterConfig
 from modeling.adapters import find_active_adapters, save_adapter
-from recipes.card import public_name, training_command
-from recipes.hub import HubTarget, adapter_code, check_target, collect_files, main, push_folder, take_hub_target
+from publishing.card import public_name, training_command
+from publishing.hub import HubTarget, adapter_code, check_target, collect_files, push_folder, take_hub_target
 from recipes.personalize import main as personalize_main
+from recipes.push import main
 from recipes.train_ctc import main as train_ctc_main
-from recipes.trainer import RecipeTrainingArguments
+from training.trainer import RecipeTrainingArguments
 
 TOKEN = "hf_very_secret_token"
 ADAPTER_CODE = {"adapters.py", "adapter_files.py", "files.py"}
@@ -246,7 +247,7 @@ def test_push_is_refused_before_training_when_it_would_fail_after(hub, trained, 
         take(hub_model_id="me/x", base="me/nothing")
     with pytest.raises(ValueError, match="`hub_base_model_id` must be a name on the Hub"):
         take(hub_model_id="me/x", base=str(trained), base_model_id="../base")
-    monkeypatch.setattr("recipes.hub.HfApi.whoami", lambda _: {"auth": {"accessToken": {"role": "read"}}})
+    monkeypatch.setattr("publishing.hub.HfApi.whoami", lambda _: {"auth": {"accessToken": {"role": "read"}}})
     with pytest.raises(ValueError, match="`hub_token` must allow writing, got a token of role 'read'"):
         take(hub_model_id="me/x")
     assert ("model", "me/x") not in hub.repositories
@@ -288,7 +289,7 @@ def test_a_private_push_into_a_public_repository_is_refused(hub, trained):
 
 
 def test_a_push_that_fails_leaves_the_folder_and_says_how_to_push_again(trained):
-    with pytest.raises(ValueError, match="refused.* The folder is whole; push it with `python -m recipes.hub`"):
+    with pytest.raises(ValueError, match="refused.* The folder is whole; push it with `python recipes/push.py`"):
         push_folder(trained, HubTarget("me/ann", base_model_id="me/base", token="hf_wrong"))
 
 
@@ -343,7 +344,7 @@ def test_readme_commands_push_what_the_readme_example_loads(hub, trained, small_
     shutil.copytree(trained, tmp_path / "outputs" / "demo" / "whisperer", ignore=shutil.ignore_patterns("checkpoint*"))
     monkeypatch.chdir(tmp_path)
     download_from(monkeypatch, hub, tmp_path / "cache")
-    for tokens in find_commands("python -m recipes.hub"):
+    for tokens in find_commands("python recipes/push.py"):
         main(tokens[3:])
     example = {}
     exec(find_example("me/whisperer"), example)

@@ -13,10 +13,11 @@ from test_hub import connect, download_from, read_repository
 from transformers import AutoModelForCTC
 
 from modeling.adapters import ADAPTER_WEIGHTS_NAME
-from recipes.card import CardArguments, CardSubject, read_subject, write_card
-from recipes.card_metadata import LANGUAGES, LICENCES
-from recipes.hub import HubTarget, collect_files, main, push_folder
-from recipes.report import write_results
+from publishing.card import CardArguments, CardSubject, read_subject, write_card
+from publishing.card_metadata import LANGUAGES, LICENCES
+from publishing.hub import HubTarget, collect_files, push_folder
+from publishing.report import write_results
+from recipes.push import main
 from recipes.train_ctc import main as train_ctc_main
 
 RESULTS = {"eval_wer": 0.5, "eval_cer": 0.25, "total_parameters": 10, "train_runtime": 1.0}

@@ -15,7 +15,7 @@ for name in {packages!r}:
     sys.modules[name] = None  # importing it fails as if it were not installed
 from recipes.transcribe import main
 print(main({tokens!r}))
-print(sorted(name for name in sys.modules if name in ("recipes.trainer", "data.asr", "data.corpora")))
+print(sorted(name for name in sys.modules if name in ("training.trainer", "data.utterances", "data.corpora")))
 """
 
 

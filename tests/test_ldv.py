@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value
 from data.audio import AudioError, read_audio
 from data.ldv import DRIFT_HZ, SURFACES, LDVChannel, draw_pair, main, simulate_clips, simulate_ldv
 from data.synthesis import Voice, synthesize
-from recipes.arguments import parse_arguments
+from training.arguments import parse_arguments
 
 RATE = 16_000
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "ldv.md").read_text(encoding="utf-8")

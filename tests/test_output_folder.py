@@ -8,10 +8,10 @@ import pytest
 from filelock import FileLock
 from kills import KILLED
 
-from recipes.output_folder import LOCK_NAME, claim_output_dir
+from publishing.report import write_results
 from recipes.personalize import main as personalize_main
-from recipes.report import write_results
 from recipes.train_ctc import main as train_ctc_main
+from training.output_folder import LOCK_NAME, claim_output_dir
 
 
 def arguments(folder: Path, process_index: int = 0) -> SimpleNamespace:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from data.feature_cache import PackedCollator
+from data.state_cache import PackedCollator
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

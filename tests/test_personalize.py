@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCTC, AutoProcessor, pipeline
 
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
-from recipes.personal_adapters import HIDDEN_SIZES
 from recipes.personalize import main
+from training.personal import HIDDEN_SIZES
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from transformers import AutoModelForCTC
 
 from modeling import SpeechAdapterConfig
 from modeling.files import list_whole
+from publishing.card import CardSubject
 from recipes import train_ctc
-from recipes.card import CardSubject
-from recipes.personal_adapters import PersonalArguments, save_outcome
 from recipes.personalize import main
-from recipes.personalize_many import list_unfinished, read_finished
-from recipes.stacked import StackMember, train_stack
+from training.personal import PersonalArguments, save_personal_outcome
+from training.personalize_many import list_unfinished, read_finished
+from training.stacks import StackMember, train_stack
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -105,7 +105,7 @@ def test_personalize_all_gives_the_same_adapters_in_stacks_of_one(personalize, m
         sizes.append(len(members))
         return train_stack(model, members, *args, **kwargs)
 
-    monkeypatch.setattr("recipes.personalize_many.train_stack", count)
+    monkeypatch.setattr("training.personalize_many.train_stack", count)
     together = personalize("two", "ann", "ben")
     apart = personalize("one", "ann", "ben", flags=("--speakers_per_stack", 1))
     assert sizes == [2, 1, 1]
@@ -255,7 +255,7 @@ def test_a_late_process_trains_its_share_though_others_have_finished_theirs(pers
     def receive(values: list) -> None:
         values[0] = ["ann", "ben"]  # what the first process had found
 
-    monkeypatch.setattr("recipes.personalize_many.broadcast_object_list", receive)
+    monkeypatch.setattr("training.personalize_many.broadcast_object_list", receive)
     monkeypatch.setattr("accelerate.PartialState.is_main_process", False)
     assert list_unfinished(names, str(folder), is_resumed=True) == ["ann", "ben"]
 
@@ -273,7 +273,7 @@ def test_a_speaker_killed_at_any_event_of_a_save_is_unfinished_or_whole(
 
     def save() -> None:
         results = {**rates, **sizes, "speaker_id": "ann"}
-        save_outcome(tiny_model, tiny_processor, personal_args, subject, tmp_path / "ann", results)
+        save_personal_outcome(tiny_model, tiny_processor, personal_args, subject, tmp_path / "ann", results)
 
     def check() -> None:
         unfinished.append(list_unfinished({"ann": "ann"}, str(tmp_path), is_resumed=True))

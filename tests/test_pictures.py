@@ -9,9 +9,9 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager, rcParams
 
-from recipes.domain_report import draw_maps
-from recipes.pictures import MAX_LABEL, find_fonts, shorten
-from recipes.report import draw_before_after
+from publishing.domain_report import draw_maps
+from publishing.pictures import MAX_LABEL, find_fonts, shorten_name
+from publishing.report import draw_before_after
 
 NAMES = [
     "a$\\b$", "$$", "$x", "_^{", "\\", "a|b`c`<i>", "two\nlines", "tab\t", "\ud800", "x" * 128, "नीता", "안나", "",
@@ -86,6 +86,6 @@ def test_a_script_without_a_font_is_noted_once_for_all_its_characters(tmp_path, 
 
 
 def test_long_names_and_control_characters_are_shortened():
-    assert shorten("ann") == "ann"
-    assert len(shorten("ab" * 64)) == MAX_LABEL
-    assert shorten("a\u2028b\0") == "a\\u2028b\\x00"
+    assert shorten_name("ann") == "ann"
+    assert len(shorten_name("ab" * 64)) == MAX_LABEL
+    assert shorten_name("a\u2028b\0") == "a\\u2028b\\x00"

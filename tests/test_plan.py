@@ -16,14 +16,14 @@ from data.audio import audio_seconds
 from data.augmentation import Augmentation
 from data.corpora import load_corpus
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
-from modeling.frozen_prefix import find_frozen_prefix
 from recipes import train_ctc
-from recipes.arguments import parse_arguments
-from recipes.cached_training import CacheArguments, FrozenPart
-from recipes.corpus_arguments import CorpusArguments
-from recipes.personal_adapters import PersonalArguments, SpeakerLoader
 from recipes.plan import Planner, find_available_bytes, find_recipe, main
-from recipes.planning import (
+from training.arguments import parse_arguments
+from training.corpus_arguments import CorpusArguments
+from training.frozen_part import CacheArguments, FrozenPart
+from training.frozen_prefix import find_frozen_prefix
+from training.personal import PersonalArguments, SpeakerLoader
+from training.planning import (
     OPTIMIZERS,
     CorpusSize,
     bytes_of,
@@ -33,8 +33,8 @@ from recipes.planning import (
     measure_corpus,
     quantize_shapes,
 )
-from recipes.trainer import RecipeTrainingArguments, set_frozen_modules_to_eval
-from recipes.trial import SavedBytes, draw_batch, pack_states, run_trial
+from training.trainer import RecipeTrainingArguments, set_frozen_modules_to_eval
+from training.trial import SavedBytes, draw_batch, pack_states, run_trial
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))

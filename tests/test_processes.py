@@ -10,15 +10,15 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from recipes.arguments import parse_arguments
-from recipes.processes import (
+from training.arguments import parse_arguments
+from training.processes import (
     ACCELERATE_VARIABLE,
     WORLD_SIZE_VARIABLES,
     choose_device,
     count_requested_processes,
     join_processes,
 )
-from recipes.trainer import RecipeTrainingArguments
+from training.trainer import RecipeTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 LAUNCHED_VARIABLES = (*WORLD_SIZE_VARIABLES, ACCELERATE_VARIABLE, "MASTER_ADDR", "ACCELERATE_USE_CPU")
@@ -79,7 +79,7 @@ def test_a_training_says_what_it_runs_on(environment, tmp_path, caplog):
 def test_a_training_ends_when_its_launcher_is_ended(tmp_path):
     script = tmp_path / "training.py"
     script.write_text(
-        "import os, signal\nfrom recipes.processes import join_processes\n"
+        "import os, signal\nfrom training.processes import join_processes\n"
         "join_processes()\nprint(os.getpid(), flush=True)\nsignal.pause()\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]

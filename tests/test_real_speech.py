@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks.recording_conditions import add_pause, list_conditions
 from benchmarks.robustness import Listener, measure
-from data.asr import UtteranceDataset, decode_clips
 from data.corpora import load_corpus, take_seconds
 from data.speakers import select_speakers
+from data.utterances import UtteranceDataset, decode_clips
 from recipes.personalize import main as personalize_main
 from recipes.train_ctc import main as train_ctc_main
 

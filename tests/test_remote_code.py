@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from inference.decoding import load_recognizer
 from recipes.adapt_domain import main as adapt_domain_main
-from recipes.decoding import load_recognizer
 from recipes.personalize import main as personalize_main
 from recipes.train_ctc import main as train_ctc_main
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import matplotlib.image
 import pytest
 
-from recipes.report import (
+from publishing.report import (
     draw_before_after,
     draw_speakers,
     escape_markdown,
@@ -73,7 +73,7 @@ def test_picture_shows_two_bars_a_speaker(tmp_path, num_speakers):
 )
 def test_speakers_are_drawn_by_the_rate_that_judges(tmp_path, rate, label, bar):
     rows = [{"speaker_id": "ann", "base_wer": 0.8, "eval_wer": 0.2, "base_cer": 0.4, "eval_cer": 0.1, "rate": rate}]
-    with patch("recipes.report.save_figure") as save:
+    with patch("publishing.report.save_figure") as save:
         draw_speakers(tmp_path / "results.png", rows)
     (axes,) = save.call_args[0][0].axes
     assert axes.get_ylabel() == label

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.beam_search import import_flashlight
+from inference.beam_search import import_flashlight
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("modeling", "data", "recipes", "benchmarks")

@@ -20,7 +20,7 @@ from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
 from modeling.adapter_files import read_adapter
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, find_active_adapters
 from modeling.module_patterns import match_names
-from recipes.trainer import AdapterTrainer, RecipeTrainingArguments
+from training.trainer import AdapterTrainer, RecipeTrainingArguments
 
 CONFIG_NAME = "adapter_config.json"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from modeling.adapters import check_adapter_name
-from recipes.speaker_folders import name_folders
+from training.speaker_folders import name_folders
 
 ODD = [
     "a" * 128, "\u0928\u0940\u0924\u093e", "Jose\u0301", "Anna Maria", "anna_maria", "F01.", "me@home", "CON", "com1.",

@@ -9,8 +9,8 @@ import soundfile
 from datasets import Dataset
 
 import data.spelling
-from data.asr import UtteranceDataset, decode_clips
 from data.text import set_language
+from data.utterances import UtteranceDataset, decode_clips
 
 NUM_ROWS = 40  # of which two are 5 %
 

@@ -9,10 +9,10 @@ import soundfile
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
 
-from data.asr import UtteranceDataset, decode_clips
 from data.augmentation import Augmentation
 from data.corpora import load_corpus
 from data.streaming import EndlessUtterances, stream_utterances
+from data.utterances import UtteranceDataset, decode_clips
 
 
 @pytest.fixture

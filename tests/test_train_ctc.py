@@ -12,7 +12,7 @@ from transformers import AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer
 from modeling import DeepSpeech2ForCTC, JamoCTCTokenizer
 from recipes.personalize import main as personalize_main
 from recipes.train_ctc import main
-from recipes.trainer import AdapterTrainer
+from training.trainer import AdapterTrainer
 
 
 def test_train_ctc_writes_a_model_that_the_auto_classes_load(small_base):

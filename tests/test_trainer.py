@@ -13,8 +13,8 @@ from data.collators import CTCCollator
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
 from modeling.adapter_blocks import seed_dropout
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, is_adapter_parameter
-from recipes.personal_adapters import HIDDEN_SIZES
-from recipes.trainer import (
+from training.personal import HIDDEN_SIZES
+from training.trainer import (
     AdapterTrainer,
     RecipeTrainingArguments,
     check_trainable,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from inference.decoding import iterate_transcripts, load_recognizer, transcribe_recordings
 from recipes import transcribe
-from recipes.decoding import iterate_transcripts, load_recognizer, transcribe_recordings
 from recipes.transcribe import BASE, choose_adapters, flag_files, main, parse_adapters
 
 ROOT = Path(__file__).parents[1]

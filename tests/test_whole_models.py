@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCTC
 
+from modeling.whole_models import load_whole
 from recipes.personalize import main as personalize_main
 from recipes.transcribe import main as transcribe_main
-from recipes.whole_models import load_whole
 
 
 def change_base(base: str, folder: Path, change) -> str:

@@ -1,0 +1,57 @@
+"""Word and character error rates of a recogniser over a corpus."""
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from data.collators import CTCCollator
+from data.metrics import score_by_speaker
+from data.text import find_language
+from data.utterances import UtteranceDataset
+from inference.beam_search import BeamDecoder, clean_text
+from inference.decoding import recognize_batch
+
+
+def evaluate_dataset(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: UtteranceDataset,
+    *,
+    adapter_name: str | None = None,
+    batch_size: int = 16,
+    decoder: BeamDecoder | None = None,
+) -> dict[str, dict]:
+    """
+    Recognises every utterance with an adapter, if any, and scores the texts.
+
+    Args:
+        model: CTC model; it is left in evaluation or training mode as it was.
+        processor: Its processor.
+        dataset: The utterances, without augmentation.
+        adapter_name: The adapter. Default: the active one.
+        batch_size: Utterances recognised together, sorted by duration.
+        decoder: Beam search; greedy by default.
+
+    Returns:
+        As [`score_by_speaker`].
+
+    Raises:
+        ValueError: `batch_size` is below 1, or the references of a speaker are empty.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    lengths, collate = dataset.lengths, CTCCollator(processor)
+    order = sorted(range(len(dataset)), key=lengths.__getitem__)
+    hypotheses = [""] * len(dataset)
+    was_training = model.training
+    model.eval()
+    for start in tqdm(range(0, len(order), batch_size), desc="evaluating", unit="batch", disable=None):
+        rows = order[start : start + batch_size]
+        names = None if adapter_name is None else [adapter_name] * len(rows)
+        batch = collate([dataset[row] for row in rows])
+        frames = recognize_batch(model, batch, adapter_names=names, as_log_probs=decoder is not None)
+        texts = [decoder.decode(row) for row in frames] if decoder else processor.batch_decode(frames)
+        for row, text in zip(rows, texts, strict=True):
+            hypotheses[row] = clean_text(text)
+    model.train(was_training)
+    language = find_language(processor.tokenizer)
+    return score_by_speaker(hypotheses, dataset.references, dataset.speakers, language=language)
