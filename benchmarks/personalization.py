@@ -74,7 +74,7 @@ def reduction(row: dict) -> float:
 def summarize(rows: list[dict]) -> str:
     """Returns the table of README: one line a number of seconds, averaged over speakers, then one line a speaker."""
     lines = []
-    for seconds in SECONDS:
+    for seconds in dict.fromkeys(row["seconds"] for row in rows):
         group = [row for row in rows if row["seconds"] == seconds]
         lines.append(
             {
