@@ -2,7 +2,7 @@
 
 import logging
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCTC, AutoProcessor, AutoTokenizer
 
 # bitsandbytes 0.50 warns at every import on CPUs with AVX512-BF16 unless a kernel is fetched from the Hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
@@ -12,8 +12,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 from .adapter_loading import load_speech_adapter
 from .adapters import SpeechAdapterConfig, adapter_rows, save_adapter
 from .configuration_deepspeech2 import DeepSpeech2Config
+from .configuration_emformer import EmformerConfig
 from .feature_extraction_deepspeech2 import DeepSpeech2FeatureExtractor
 from .modeling_deepspeech2 import DeepSpeech2ForCTC
+from .modeling_emformer import EmformerModel
 from .processing_deepspeech2 import DeepSpeech2Processor
 from .tokenization_deepspeech2 import JamoCTCTokenizer
 
@@ -22,6 +24,8 @@ __all__ = [
     "DeepSpeech2FeatureExtractor",
     "DeepSpeech2ForCTC",
     "DeepSpeech2Processor",
+    "EmformerConfig",
+    "EmformerModel",
     "JamoCTCTokenizer",
     "SpeechAdapterConfig",
     "adapter_rows",
@@ -30,6 +34,8 @@ __all__ = [
 ]
 
 AutoConfig.register(DeepSpeech2Config.model_type, DeepSpeech2Config, exist_ok=True)
+AutoConfig.register(EmformerConfig.model_type, EmformerConfig, exist_ok=True)
+AutoModel.register(EmformerConfig, EmformerModel, exist_ok=True)
 AutoModelForCTC.register(DeepSpeech2Config, DeepSpeech2ForCTC, exist_ok=True)
 AutoFeatureExtractor.register(DeepSpeech2Config, DeepSpeech2FeatureExtractor, exist_ok=True)
 AutoProcessor.register(DeepSpeech2Config, DeepSpeech2Processor, exist_ok=True)
@@ -37,6 +43,8 @@ AutoTokenizer.register(DeepSpeech2Config, slow_tokenizer_class=JamoCTCTokenizer,
 
 # The same classes travel with a checkpoint to the Hub.
 DeepSpeech2Config.register_for_auto_class()
+EmformerConfig.register_for_auto_class()
+EmformerModel.register_for_auto_class("AutoModel")
 DeepSpeech2ForCTC.register_for_auto_class("AutoModelForCTC")
 DeepSpeech2FeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 DeepSpeech2Processor.register_for_auto_class("AutoProcessor")

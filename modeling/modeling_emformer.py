@@ -1,0 +1,381 @@
+"""Emformer: a streaming transformer encoder of segments, left and right context and a memory bank, alone and with CTC.
+
+Source: Shi et al., "Emformer" (arXiv 2010.10759), in the layout of torchaudio, whose checkpoints convert by name.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from .configuration_emformer import EmformerConfig, check_right_context
+from .emformer_blocks import EmformerBlocks
+
+MAX_CLAMPED_MEMORY = 10.0
+
+
+@dataclass
+class EmformerModelOutput(ModelOutput):
+    """
+    Output of [`EmformerModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, frames, hidden)`): Encoded frames.
+        attention_mask (`torch.Tensor` of shape `(batch, frames)`): 1 for a frame, 0 for padding on the right.
+        hidden_states (`tuple[torch.Tensor]`): Input of the first layer and output of each, `(batch, frames, hidden)`,
+            when asked for.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class EmformerConvSubsampler(nn.Module):
+    """
+    Halves the frames once a convolution, looking back only: `(batch, frames, mel)` to `(batch, frames / 4, hidden)`.
+
+    With kernel 5 and stride 2, the left is padded by 3, so that output `i` ends with its own two inputs:
+
+        input    . . . 0 1 2 3 4 5        output 0 sees . . . 0 1
+        output         ---0---1---2       output 1 sees . 0 1 2 3
+    """
+
+    def __init__(self, config: EmformerConfig):
+        super().__init__()
+        num_convolutions = config.subsampling_factor.bit_length() - 1
+        widths = [config.num_mel_bins] + [config.subsampling_channels // 2] * (num_convolutions - 1)
+        channels = [config.subsampling_channels] * (num_convolutions - 1) + [2 * config.hidden_size]
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(width, out, config.subsampling_kernel_size, stride=2)
+            for width, out in zip(widths, channels, strict=True)
+        )
+        self.left_padding = config.subsampling_kernel_size - 2
+        self.scale = config.hidden_size**0.5
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+        hidden_states = input_features.mT  # (batch, mel, frames)
+        for convolution in self.convolutions:
+            hidden_states = nn.functional.pad(hidden_states, (self.left_padding, 0))
+            hidden_states = nn.functional.glu(convolution(hidden_states), dim=1)
+        return self.projection(self.scale * hidden_states.mT)
+
+
+class EmformerStackSubsampler(nn.Module):
+    """Narrows the frames and puts neighbours side by side: `(batch, frames, mel)` to `(batch, frames / 4, hidden)`."""
+
+    def __init__(self, config: EmformerConfig):
+        super().__init__()
+        self.factor = config.subsampling_factor
+        self.projection = nn.Linear(config.num_mel_bins, config.hidden_size // self.factor, bias=False)
+
+    def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+        num_frames = input_features.shape[1] // self.factor
+        return self.projection(input_features[:, : num_frames * self.factor]).reshape(
+            len(input_features), num_frames, -1
+        )
+
+
+SUBSAMPLERS = {"conv": EmformerConvSubsampler, "stack": EmformerStackSubsampler}
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attends step by step, softmax in fp32, to `(batch, queries, heads, width)`."""
+    scores = query @ key.mT * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    dtype = torch.promote_types(torch.float32, query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class EmformerAttention(nn.Module):
+    """
+    Attention of a block of segments: queries from [right context; frames; summary], keys from [memory; right context;
+    left context; frames], where a summary sees no memory and its output is the memory of the next layer.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: EmformerConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.dropout
+        self.emb_to_key_value = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.emb_to_query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, memory: torch.Tensor, blocks: EmformerBlocks, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: Normalised right contexts and frames `(blocks, rows, hidden)`.
+            memory: Memories from the layer below `(blocks, segments, hidden)`; no segments without summaries.
+            blocks: What knows the keys and values of the past.
+            attention_mask: Added to the scores `(blocks, 1, queries, keys)`.
+
+        Returns:
+            The attended rows and the memories for the layer above, in the same shapes.
+        """
+        queries, keys = hidden_states, hidden_states
+        if num_memories := memory.shape[1]:
+            frames = hidden_states[:, -num_memories * blocks.segment_length :]
+            summaries = frames.unflatten(1, (num_memories, -1)).mean(2)
+            queries, keys = torch.cat([hidden_states, summaries], 1), torch.cat([memory, hidden_states], 1)
+        query = self.emb_to_query(queries)
+        key, value = blocks.update(self.emb_to_key_value(keys), self.layer_idx).chunk(2, -1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(
+            self,
+            *(self._split_heads(states) for states in (query, key, value)),
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        attended = self.out_proj(attended.flatten(2))
+        if num_memories:
+            attended, memory = attended[:, :-num_memories], self._bound(attended[:, -num_memories:])
+        return attended, memory
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (blocks, heads, rows, head_dim)
+
+    def _bound(self, memory: torch.Tensor) -> torch.Tensor:
+        if self.config.memory_activation == "tanh":
+            return memory.tanh()
+        return memory.clamp(-MAX_CLAMPED_MEMORY, MAX_CLAMPED_MEMORY)
+
+
+class EmformerLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward network of one layer; adapters between layers wrap it and see each row alone."""
+
+    def __init__(self, config: EmformerConfig, layer_idx: int):
+        super().__init__()
+        self.in_features = self.out_features = config.hidden_size
+        self.attention = EmformerAttention(config, layer_idx)
+        self.pos_ff = nn.Sequential(
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            ACT2FN[config.hidden_act],
+            nn.Dropout(config.dropout),
+            nn.Linear(config.intermediate_size, config.hidden_size),
+            nn.Dropout(config.dropout),
+        )
+        self.layer_norm_input = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm_output = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, blocks: EmformerBlocks, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: Memories, right contexts and frames of each block, block after block
+                `(batch, rows, hidden)`.
+            blocks: What knows how the rows are laid out, and the keys and values of the past.
+            attention_mask: Added to the attention scores `(blocks, 1, queries, keys)`.
+
+        Returns:
+            The same rows one layer up `(batch, rows, hidden)`.
+        """
+        rows = blocks.split(hidden_states)
+        memory, rows = rows[:, : blocks.num_memory_rows], rows[:, blocks.num_memory_rows :]
+        attended, memory = self.attention(self.layer_norm_input(rows), memory, blocks, attention_mask)
+        rows = self.dropout(attended) + rows
+        rows = self.layer_norm_output(self.pos_ff(rows) + rows)
+        if memory.shape[1]:
+            rows = torch.cat([memory, rows], 1)
+        return rows.view_as(hidden_states)
+
+
+class EmformerPreTrainedModel(PreTrainedModel):
+    config_class = EmformerConfig
+    base_model_prefix = "encoder"
+    main_input_name = "input_features"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EmformerLayer"]
+    _supports_sdpa = True
+    # The loss is a mean over utterances: Trainer must not believe that it was divided by `num_items_in_batch`.
+    accepts_loss_kwargs = False
+
+    def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor) -> torch.Tensor:
+        return input_lengths // self.config.subsampling_factor
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, EmformerAttention):
+            # Deeper layers start smaller, as in torchaudio.
+            for linear in (module.emb_to_key_value, module.emb_to_query):
+                init.xavier_uniform_(linear.weight, gain=(module.layer_idx + 1) ** -0.5)
+        elif isinstance(module, (nn.Conv1d, nn.Linear)):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class EmformerModel(EmformerPreTrainedModel):
+    """
+    Emformer's encoder of whole utterances and of streams.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling import EmformerConfig, EmformerModel
+
+    >>> model = EmformerModel(EmformerConfig(num_hidden_layers=2)).eval()
+    >>> output = model(torch.zeros(2, 102, 80), attention_mask=torch.arange(102) < torch.tensor([[102], [50]]))
+    >>> output.last_hidden_state.shape, output.attention_mask.sum(-1).tolist()
+    (torch.Size([2, 25, 256]), [25, 12])
+
+    ```
+    """
+
+    def __init__(self, config: EmformerConfig):
+        super().__init__(config)
+        self.subsampler = SUBSAMPLERS[config.subsampling](config) if config.subsampling in SUBSAMPLERS else None
+        self.layers = nn.ModuleList(EmformerLayer(config, index) for index in range(config.num_hidden_layers))
+        self.projection = None
+        if config.output_size is not None:
+            self.projection = nn.Sequential(
+                nn.Linear(config.hidden_size, config.output_size),
+                nn.LayerNorm(config.output_size, eps=config.layer_norm_eps),
+            )
+        self.post_init()
+
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        *,
+        segment_length: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> EmformerModelOutput:
+        """
+        Args:
+            input_features: Features `(batch, frames, mel)`, every 10 ms.
+            attention_mask: 1 for a frame, 0 for padding on the right, `(batch, frames)`.
+            inputs_embeds: In place of features, frames behind the subsampling `(batch, frames, hidden)`, with an
+                `attention_mask` as long.
+            segment_length: Frames a segment in place of the configuration's, as for training with several.
+            output_hidden_states: Also return every layer's output.
+
+        Raises:
+            ValueError: Neither or both of `input_features` and `inputs_embeds` are given, they have another width than
+                the model, an utterance gives no frame, the attention mask does not fit or pads on the left, or
+                `segment_length` is under 1 or shorter than the right context.
+        """
+        segment_length = self.config.segment_length if segment_length is None else segment_length
+        if segment_length < 1:
+            raise ValueError(f"`segment_length` must be at least 1, got {segment_length}.")
+        check_right_context(self.config.right_context_length, segment_length)
+        inputs_embeds, lengths = self._embed(input_features, attention_mask, inputs_embeds)
+        blocks = EmformerBlocks(
+            self.config,
+            lengths,
+            inputs_embeds.shape[1],
+            segment_length=segment_length,
+            dtype=inputs_embeds.dtype,
+            device=inputs_embeds.device,
+        )
+        mask = blocks.expand_mask(len(inputs_embeds))
+        rows = blocks.lay_out(inputs_embeds)
+        hidden_states = (inputs_embeds,)
+        for layer in self.layers:
+            rows = layer(rows, blocks, mask)
+            if output_hidden_states:
+                hidden_states += (blocks.take_frames(rows),)
+        last_hidden_state = blocks.take_frames(rows)
+        if self.projection is not None:
+            last_hidden_state = self.projection(last_hidden_state)
+        output = EmformerModelOutput(
+            last_hidden_state=last_hidden_state,
+            attention_mask=self._make_mask(last_hidden_state, lengths),
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _embed(
+        self,
+        input_features: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the first layer's input with zeros as padding, and its real frames, None where there is no mask."""
+        if (input_features is None) == (inputs_embeds is None):
+            raise ValueError("`input_features` must be given, or `inputs_embeds` in their place, and not both.")
+        if inputs_embeds is None:
+            name, inputs, width, factor = (
+                "input_features",
+                input_features,
+                self.config.num_mel_bins,
+                self.config.subsampling_factor,
+            )
+        else:
+            name, inputs, width, factor = "inputs_embeds", inputs_embeds, self.config.hidden_size, 1
+        if inputs.dim() != 3 or inputs.shape[-1] != width:
+            raise ValueError(f"`{name}` must be (batch, frames, {width}), got {tuple(inputs.shape)}.")
+        lengths = None if attention_mask is None else _count_frames(attention_mask, inputs)
+        shortest = inputs.shape[1] if lengths is None else int(lengths.min())
+        if shortest < factor:
+            raise ValueError(f"`{name}` must have at least {factor} frames an utterance, got {shortest}.")
+        inputs = _zero_padding(
+            inputs.to(self.dtype), lengths
+        )  # features are fp32, whatever the checkpoint was saved in
+        if inputs_embeds is None and self.subsampler is not None:
+            lengths = None if lengths is None else self._get_feat_extract_output_lengths(lengths)
+            inputs = _zero_padding(self.subsampler(inputs), lengths)
+        return inputs, lengths
+
+    @staticmethod
+    def _make_mask(hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        if lengths is None:
+            return torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+        frames = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        return (frames < lengths[:, None]).long()
+
+
+def _count_frames(attention_mask: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Real frames of each row `(batch,)` of `inputs` `(batch, frames, width)`."""
+    if attention_mask.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"`attention_mask` must be (batch, frames) {tuple(inputs.shape[:2])}, got {tuple(attention_mask.shape)}."
+        )
+    lengths = attention_mask.long().sum(-1)
+    is_frame = torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]
+    if not torch.equal(is_frame, attention_mask.bool()):
+        raise ValueError("`attention_mask` must have its zeros on the right, got padding before a frame.")
+    return lengths
+
+
+def _zero_padding(hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Zeroes `hidden_states` `(batch, frames, width)` beyond `lengths` `(batch,)`: noise there may be no number."""
+    if lengths is None:
+        return hidden_states
+    is_padding = torch.arange(hidden_states.shape[1], device=hidden_states.device) >= lengths[:, None]
+    return hidden_states.masked_fill(is_padding[:, :, None], 0.0)
