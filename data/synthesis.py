@@ -260,7 +260,7 @@ def _write_recordings(folder: Path, language: str, seed: int) -> None:
             jittered = round(voice.rate_wpm * generator.uniform(1 - RATE_JITTER, 1 + RATE_JITTER))
             samples = synthesize(text, replace(voice, rate_wpm=int(np.clip(jittered, *RATES_WPM))))
             file_name = f"{voice.speaker_id}/{split}_{number:03d}.wav"
-            soundfile.write(folder / file_name, _add_room(samples, generator), SAMPLING_RATE, subtype="PCM_16")
+            soundfile.write(folder / file_name, add_room(samples, generator), SAMPLING_RATE, subtype="PCM_16")
             rows.append([file_name, voice.speaker_id, text, split, "microphone", voice.voice])
     write_metadata(folder, ["file_name", "speaker_id", "text", "split", "domain", "voice"], rows)
 
@@ -276,7 +276,7 @@ def _plan_recordings(language: str) -> list[tuple[Voice, str, int]]:
     ]
 
 
-def _add_room(samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def add_room(samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Returns the samples at another loudness, in white noise: readings of one sentence are not clones."""
     peak = 10 ** (generator.uniform(*GAIN_DB) / 20)
     samples = samples * (peak / np.abs(samples).max())
