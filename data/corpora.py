@@ -19,6 +19,7 @@ from data.code_digest import digest_code
 from data.hub_corpora import download_recordings, list_cache_folders, open_tables
 from data.layouts import CHOICES, find_file_source, find_folder_sources, list_parquet, make_dataset_source
 from data.left_out import StreamedRows, report_left_out
+from data.parallel_synthesis import SOURCES, write_parallel_corpus
 from data.rows import (
     NAME_COLUMNS,
     TEXT_COLUMNS,
@@ -33,6 +34,7 @@ from data.rows import (
 from data.segments import Cutter, cut_part
 from data.synthesis import LANGUAGES, write_synthetic_corpus
 from data.tables import TABLE_SUFFIXES
+from data.translation_rows import check_source_frames, read_target
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,14 @@ DEFAULT_SPLIT = "train"  # of rows that name none
 # Examples on their way into a dataset are encoded, and the `Audio` feature needs torchcodec for that even when it does
 # not decode; a finished table is cast without.
 UNDECODED_AUDIO = {"path": Value("string"), "bytes": Value("binary")}
+RECORDING_COLUMNS = ("audio", "target_audio")
 STRING_COLUMNS = (*TEXT_COLUMNS, *NAME_COLUMNS, "split")
 NUM_TYPED_ROWS = 100  # rows whose values tell a streamed corpus's column types
+# The embedded corpora: their languages and who writes them.
+SYNTHETIC = {
+    "synthetic": (LANGUAGES, write_synthetic_corpus),
+    "synthetic_s2st": (SOURCES, write_parallel_corpus),
+}
 LEFT_OUT = {"what": "rows cannot be used", "remedy": "Correct them or remove the rows."}
 
 
@@ -61,6 +69,7 @@ def load_corpus(
     Args:
         dataset: One of
             - "synthetic" or "synthetic/<language>": espeak-ng voices, made on first use in the datasets cache,
+            - "synthetic_s2st/<language>": Spanish ("es") or Korean ("ko") with its English, made likewise,
             - a folder with `metadata.csv` or `.jsonl`, or with one in each split's sub-folder (column `file_name`), or
               in another layout of `data.layouts`,
             - a manifest .csv, .tsv, .jsonl or .parquet (column `audio`, `file_name` or `path`, relative to it),
@@ -74,8 +83,9 @@ def load_corpus(
         channel: "left", "right" or a number from 1 takes this channel of every recording; "mix" averages them.
 
     Returns:
-        The rows with the columns of `data.rows.KEPT_COLUMNS` that there are, and the required ones. `speaker` and
-        `client_id` are renamed to `speaker_id`; that and `domain`, the kind of recording, are strings. A row with
+        The rows with the columns of `data.rows.KEPT_COLUMNS` that there are, and the required ones; columns that
+        other projects call differently are renamed (`data.rows.RENAMED_COLUMNS`). `speaker_id` and `domain`, the kind
+        of recording, are strings, `units` lists of numbers, `target_audio` recordings as `audio` is. A row with
         `offset` and `duration`, `start` and `end`, or `begin_time` and `end_time` in seconds hears that part of its
         recording. The fingerprint follows the recordings' sizes and times of change, so that features computed from
         an older recording are not found in the cache. Rows that lack a value or a recording are left out with a
@@ -90,7 +100,7 @@ def load_corpus(
         ['speaker_id', 'text', 'split', 'domain', 'audio']
     """
     parse_channel(channel)
-    if dataset.split("/")[0] == "synthetic":
+    if dataset.split("/")[0] in SYNTHETIC:
         dataset = str(_make_synthetic(dataset))
     sources = _find_sources(dataset, dataset_config, text_column, streaming)
     columns = ("audio", *(column for column in required_columns if column != "audio"))
@@ -110,7 +120,9 @@ def load_corpus(
         features=features,
         fingerprint=summary.digest(features, channel),
     )
-    return corpus.cast_column("audio", Audio(decode=False))
+    for column in RECORDING_COLUMNS:
+        corpus = corpus.cast_column(column, Audio(decode=False)) if column in features else corpus
+    return corpus
 
 
 def take_seconds(corpus: Dataset, max_seconds: float, *, seed: int) -> Dataset:
@@ -156,16 +168,18 @@ def take_seconds(corpus: Dataset, max_seconds: float, *, seed: int) -> Dataset:
 
 
 def _make_synthetic(dataset: str) -> Path:
-    language = dataset.partition("/")[2] or LANGUAGES[0]
-    if language not in LANGUAGES:
-        choices = ", ".join(f'"synthetic/{choice}"' for choice in LANGUAGES)
+    name, _, language = dataset.partition("/")
+    languages, write = SYNTHETIC[name]
+    language = language or languages[0]
+    if language not in languages:
+        choices = ", ".join(f'"{name}/{choice}"' for choice in languages)
         raise ValueError(f"`dataset` must be one of {choices}, got {dataset!r}. Choose one of them.")
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / f"speech_adapter_synthetic_{language}_{digest_code(write_synthetic_corpus)}"
+    folder = cache / f"speech_adapter_{name}_{language}_{digest_code(write)}"
     with FileLock(f"{folder}.lock"):  # the processes of one training start together
         if not folder.exists():
-            write_synthetic_corpus(folder, language=language)
+            write(folder, language=language)
     return folder
 
 
@@ -231,6 +245,8 @@ def _iterate_rows(
                 kept = read_cells(row, required_columns, f"of {where}")
                 kept["audio"] = read_recording(row, f"`audio` of {where}", source)
                 part = cutter.find_part(row, kept["audio"], where, is_nemo="audio_filepath" in cells)
+                check_source_frames(row, kept["audio"], part, where)
+                kept |= read_target(row, required_columns, where, source)
             except RowError as error:
                 note(str(error))
                 continue
@@ -272,16 +288,12 @@ class _Summary:
 
     def add(self, row: Mapping[str, object], part: tuple[float, float] | None) -> None:
         """Counts a row that is used."""
-        audio, others = row["audio"], {name: value for name, value in row.items() if name != "audio"}
-        if audio["bytes"] is None:
-            status = os.stat(audio["path"])
-            content = (status.st_size, status.st_mtime_ns)
-        else:
-            content = xxhash.xxh3_128_hexdigest(audio["bytes"])
-        self._digest.update(repr((others, audio["path"], content, part)).encode())
-        for name, value in others.items():
+        others = {name: value for name, value in row.items() if name not in RECORDING_COLUMNS}
+        recordings = [_describe_recording(row[name]) for name in RECORDING_COLUMNS if row.get(name) is not None]
+        self._digest.update(repr((others, *recordings, part)).encode())
+        for name, value in row.items():
             column = self.values.setdefault(name, [])
-            if name not in STRING_COLUMNS:
+            if name in others and name not in STRING_COLUMNS:
                 column.append(value)
         self.num_rows += 1
 
@@ -289,6 +301,14 @@ class _Summary:
         """Returns 32 hexadecimal digits over all rows that are used, and the channel that is."""
         self._digest.update(repr((features, channel)).encode())
         return self._digest.hexdigest()
+
+
+def _describe_recording(audio: Mapping) -> tuple:
+    """Returns what changes when a recording does."""
+    if audio["bytes"] is not None:
+        return audio["path"], xxhash.xxh3_128_hexdigest(audio["bytes"])
+    status = os.stat(audio["path"])
+    return audio["path"], (status.st_size, status.st_mtime_ns)
 
 
 def _stream(dataset: str, arguments: dict, channel: str) -> IterableDataset:
@@ -321,8 +341,13 @@ def _no_rows_error(dataset: str, sources: Sequence[Source], split: str | None) -
 def _infer_features(values: Mapping[str, list], required_columns: Sequence[str], name: str) -> Features:
     features = {}
     for column, cells in values.items():
+        if column == "audio":
+            continue
         if column in STRING_COLUMNS:
             features[column] = Value("string")
+            continue
+        if column in RECORDING_COLUMNS:
+            features[column] = UNDECODED_AUDIO
             continue
         try:
             features |= Features.from_arrow_schema(pyarrow.schema([(column, pyarrow.array(cells).type)]))

@@ -67,7 +67,7 @@ def list_source_voices(source: str, split: str) -> list[Voice]:
 def write_parallel_corpus(
     folder: str | Path,
     *,
-    source: str,
+    language: str,
     num_sentences: dict[str, int] | None = None,
     seed: int = 0,
     num_processes: int | None = None,
@@ -81,7 +81,7 @@ def write_parallel_corpus(
 
     Args:
         folder: Where to write; must be new or empty.
-        source: "es" or "ko".
+        language: Of the source, "es" or "ko".
         num_sentences: Of each split; default 12,000 for training, 300 for validation, 500 for testing.
         seed: Chooses sentences, voices, rates, loudness and noise.
         num_processes: That read at once; default: one a core. The files do not depend on it.
@@ -90,17 +90,17 @@ def write_parallel_corpus(
         `folder`.
 
     Raises:
-        ValueError: `source` is unknown, `folder` holds files, or a split has fewer sentences.
+        ValueError: `language` is unknown, `folder` holds files, or a split has fewer sentences.
     """
-    if source not in SOURCES:
-        raise ValueError(f"`source` must be one of {', '.join(SOURCES)}, got {source!r}. Choose one of them.")
+    if language not in SOURCES:
+        raise ValueError(f"`language` must be one of {', '.join(SOURCES)}, got {language!r}. Choose one of them.")
     counts = {**NUM_SENTENCES, **(num_sentences or {})}
-    pairs = {split: list(_draw_pairs(source, split, counts[split], seed)) for split in SPLITS}
+    pairs = {split: list(_draw_pairs(language, split, counts[split], seed)) for split in SPLITS}
     with new_corpus_folder(folder) as scratch:
-        for name in (source, "en"):
+        for name in (language, "en"):
             (scratch / name).mkdir()
-        _write_pairs(scratch, source, [pair for split in SPLITS for pair in pairs[split]], num_processes)
-        rows = [_list_cells(pair, source, split) for split in SPLITS for pair in pairs[split]]
+        _write_pairs(scratch, language, [pair for split in SPLITS for pair in pairs[split]], num_processes)
+        rows = [_list_cells(pair, language, split) for split in SPLITS for pair in pairs[split]]
         write_metadata(scratch, COLUMNS, rows)
     return Path(folder)
 
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Writes the embedded parallel corpus into the folder named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.parallel_synthesis", description=__doc__, allow_abbrev=False)
     parser.add_argument("out", type=Path, help="Folder to write; must be new or empty.")
-    parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help="Language that is translated.")
+    parser.add_argument("--language", choices=SOURCES, default=SOURCES[0], help="Language that is translated.")
     for split in SPLITS:
         parser.add_argument(
             f"--num_{split}", type=int, default=NUM_SENTENCES[split], help=f"Sentences of the split {split}."
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Chooses sentences, voices, rates, loudness and noise.")
     options = parser.parse_args(arguments)
     counts = {split: getattr(options, f"num_{split}") for split in SPLITS}
-    write_parallel_corpus(options.out, source=options.source, num_sentences=counts, seed=options.seed)
+    write_parallel_corpus(options.out, language=options.language, num_sentences=counts, seed=options.seed)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,20 @@ RENAMED_COLUMNS = {
     "transcript": "text",
     "speaker": "speaker_id",
     "client_id": "speaker_id",
+    "src_text": "text",
+    "tgt_text": "target_text",
+    "translation": "target_text",
+    "tgt_audio": "units",  # of fairseq's and StreamSpeech's manifests
 }
 TEXT_COLUMNS = ("text", "target_text", "instruction", "response")
 NAME_COLUMNS = ("speaker_id", "domain", "pair_id")  # names, even where a corpus writes them as numbers
 # Columns that later steps may use beside those that a recipe requires; others, whatever they hold, stay behind.
-KEPT_COLUMNS = ("audio", *TEXT_COLUMNS, *NAME_COLUMNS, "split", "units")
+KEPT_COLUMNS = ("audio", *TEXT_COLUMNS, *NAME_COLUMNS, "split", "target_audio", "units")
 RATE_COLUMNS = ("sampling_rate", "sample_rate")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".webm", ".mp4", ".aiff", ".au", ".amr")
+SLICE = re.compile(r"(.+\.zip):(\d+):(\d+)", re.IGNORECASE)  # a recording inside an archive: offset and bytes
+AUDIO_STARTS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
+NUMPY_START = b"\x93NUMPY"
 MAX_CHANNELS = 8
 MAX_WHOLE = 32_768  # of samples of 16 bits
 
@@ -172,7 +179,8 @@ def read_recording(row: Mapping[str, object], where: str, source: Source) -> dic
     Returns `{"path", "bytes"}` with an absolute path to an existing file, or with the bytes as they are.
 
     Args:
-        row: Its `audio`: a path, a mapping with `path`, `bytes` or `array`, or samples.
+        row: Its `audio`: a path, `file.zip:offset:length` in bytes, a mapping with `path`, `bytes` or `array`, or
+            samples.
         where: What a message calls the cell.
         source: Of the row.
 
@@ -194,6 +202,8 @@ def read_recording(row: Mapping[str, object], where: str, source: Source) -> dic
         return {"path": None, "bytes": value}
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"{where} must be a path or hold bytes, got {value!r:.80}")
+    if match := SLICE.fullmatch(value.strip()):
+        return {"path": None, "bytes": _read_slice(match, where, source)}
     return {"path": _locate(value, where, source), "bytes": None}
 
 
@@ -215,6 +225,24 @@ def _encode(samples: object, sampling_rate: object, where: str) -> bytes:
     file = io.BytesIO()
     scipy.io.wavfile.write(file, int(sampling_rate), array)  # libsndfile would write the time of day, too
     return file.getvalue()
+
+
+def _read_slice(match: re.Match[str], where: str, source: Source) -> bytes:
+    """Returns the bytes of a member that is stored uncompressed in an archive, `file.zip:offset:length`."""
+    path, offset, num_bytes = _locate(match[1], where, source), int(match[2]), int(match[3])
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(num_bytes)
+    if len(content) < num_bytes or not num_bytes:
+        raise RowError(f"{where} must lie inside {path!r}, got {num_bytes} bytes from {offset}")
+    if content.startswith(NUMPY_START):
+        raise RowError(f"{where} must be a recording, got an array of features; store the audio itself in the archive")
+    if not content.startswith(AUDIO_STARTS):
+        raise RowError(
+            f"{where} must be a recording stored without compression, got other bytes from {offset}; count the offset "
+            "from the member's content, behind its header, and write the archive with `zip -0`"
+        )
+    return content
 
 
 def _locate(path: str, where: str, source: Source) -> str:

@@ -1,7 +1,7 @@
 """Numbers, times, dates and particles as English, Spanish and Korean say them.
 
-num2words knows the three languages, but neither Spanish apocope and gender (`veintiún euros`, `veintiuna personas`) nor
-the native Korean numerals that counters and hours take (`스물한 명`, `세 시`), and its Korean writes no spaces.
+num2words knows the three languages, but neither Spanish apocope and gender (`veintiún euros`, `veintiuna personas`)
+nor the native Korean numerals that counters and hours take (`스물한 명`, `세 시`).
 """
 
 import calendar

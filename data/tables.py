@@ -17,7 +17,7 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 
 # Columns that say where a recording is, in this order of preference.
-AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_filepath", "audio_path", "filename")
+AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_filepath", "audio_path", "filename", "src_audio")
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES))
 DELIMITERS = (",", ";", "\t", "|")

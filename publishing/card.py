@@ -31,6 +31,7 @@ RUN_KEY = "run"  # of eval_results.json: what the card says besides the results
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 TASK = "automatic-speech-recognition"
 RATES = ("wer", "cer")
+EMBEDDED_CORPORA = ("synthetic", "synthetic_s2st")
 SECRET_FLAGS = ("--hub_token", "--push_to_hub_token")
 
 ADAPTER_USAGE = """\
@@ -113,7 +114,7 @@ def public_name(name: str) -> str:
 def is_hub_name(name: str) -> bool:
     """Whether `name` looks like `user/name` and is no folder here."""
     is_pair = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-    return is_pair and not Path(name).exists() and name.split("/")[0] != "synthetic"
+    return is_pair and not Path(name).exists() and name.split("/")[0] not in EMBEDDED_CORPORA
 
 
 def training_command() -> str:
