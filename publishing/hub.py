@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
@@ -47,6 +47,7 @@ NAMES |= {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
 WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 DRAWN = re.compile(r"results\.png|report_\w+\.png")
 PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.png)\)")  # of a card
+MAX_SILENT_SECONDS = 120.0  # that a Hub may take to answer, or a connection may carry nothing
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def check_target(target: HubTarget, *, needs_base: bool) -> HubTarget:
             "`hub_base_model_id` must name the base on the Hub, got none and a base that is a folder here. Push the "
             "base first, then give its name."
         )
-    api = HfApi(token=target.token)
+    api = _open_hub(target.token)
     try:
         user = api.whoami()
     except (OSError, HTTPError) as error:
@@ -133,6 +134,12 @@ def check_target(target: HubTarget, *, needs_base: bool) -> HubTarget:
         raise ValueError(f"`hub_model_id` must begin with one of {', '.join(names)}, got {repo_id!r}.")
     target = replace(target, repo_id=repo_id)
     return _find_base(target, api) if target.base_model_id else target
+
+
+def _open_hub(token: str | None) -> HfApi:
+    """Returns the Hub's client, which else would wait for an answer without an end (huggingface_hub 2.4)."""
+    get_session().timeout = MAX_SILENT_SECONDS
+    return HfApi(token=token)
 
 
 def _find_base(target: HubTarget, api: HfApi) -> HubTarget:
@@ -270,7 +277,7 @@ def push_folder(folder: str | Path, target: HubTarget, corrections: Mapping[str,
     """
     files = collect_files(folder, target, corrections)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    api = HfApi(token=target.token)
+    api = _open_hub(target.token)
     try:
         api.create_repo(target.repo_id, private=target.is_private, exist_ok=True)
         if target.is_private and not api.model_info(target.repo_id).private:

@@ -1,11 +1,13 @@
 """What training hears: seeded, as long as promised, and each room and device with the effect of its name."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import soundfile
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from data import rooms
 from data.audio import SAMPLING_RATE
@@ -282,3 +284,21 @@ def test_recipes_have_rooms_by_default_and_can_do_without():
     for name in ("pause_share", "room_share", "device_share"):
         assert getattr(RecipeAugmentation(), name) > 0
         assert Augmentation(**{name: 0.1}).changes
+
+
+def test_processes_that_load_the_data_hear_what_one_process_hears(clips, tiny_processor):
+    utterances = UtteranceDataset(clips, tiny_processor, augmentation=ALL, seed=1)
+    utterances.set_epoch(1)
+    alone, loaded = (
+        list(DataLoader(utterances, batch_size=1, num_workers=number, collate_fn=lambda rows: (os.getpid(), *rows)))
+        for number in (0, 2)
+    )
+    assert {pid for pid, _ in alone} == {os.getpid()}
+    assert len({os.getpid(), *(pid for pid, _ in loaded)}) == 3
+    for (_, first), (_, second) in zip(alone, loaded, strict=True):
+        np.testing.assert_array_equal(first["input_features"], second["input_features"])
+        assert first["labels"] == second["labels"]
+    plain = UtteranceDataset(clips, tiny_processor)
+    assert all(
+        len(row["input_features"]) != len(plain[index]["input_features"]) for index, (_, row) in enumerate(alone)
+    )

@@ -3,12 +3,14 @@
 import json
 import logging
 import shutil
+import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, close_session, constants
 from kills import leave_pending
 from minihub import MiniHub
 from readme import find_commands, find_example
@@ -268,6 +270,19 @@ def test_push_needs_a_token_and_a_hub(arguments, monkeypatch, tmp_path):
         connect(monkeypatch, gone)
     with pytest.raises(ValueError, match=f"The Hub at {gone.url} must be reachable .*Connection refused"):
         take_hub_target(arguments(hub_model_id="me/x", hub_token=TOKEN))
+
+
+@pytest.mark.timeout(20)  # without a limit of its own the client waits for ever
+def test_a_hub_that_takes_the_call_and_never_answers_is_given_up(arguments, tiny_base, monkeypatch):
+    monkeypatch.setattr("publishing.hub.MAX_SILENT_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        connect(monkeypatch, SimpleNamespace(url=url, token=TOKEN))
+        with pytest.raises(ValueError, match=f"The Hub at {url} must be reachable .*timed out"):
+            take_hub_target(arguments(hub_model_id="me/x"))
+        with pytest.raises(ValueError, match=f"The Hub at {url} must be reachable .*timed out.* push it with"):
+            push_folder(tiny_base, HubTarget("me/x"))
+    close_session()  # other tests wait longer
 
 
 @pytest.mark.usefixtures("hub")

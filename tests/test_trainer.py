@@ -61,6 +61,14 @@ class EpochDataset(NoiseDataset):
         return example | {"input_features": example["input_features"] + 0.1 * self.epoch}
 
 
+class LoadedDataset(EpochDataset):
+    """Read by processes that load data alone."""
+
+    def __getitem__(self, index: int) -> dict:
+        assert torch.utils.data.get_worker_info() is not None
+        return super().__getitem__(index)
+
+
 def make_trainer(model, folder: Path, processor, *, dataset=None, **settings) -> AdapterTrainer:
     settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.01, "seed": 1} | settings
     args = RecipeTrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **settings)
@@ -401,10 +409,11 @@ def test_saved_state_names_the_adapter_s_base(tiny_base, tiny_processor, tmp_pat
 
 def test_workers_that_persist_see_the_epoch_that_begins(tiny_base, tiny_processor, tmp_path):
     states = []
-    for workers in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+    persistent = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    for dataset, workers in ((EpochDataset(), {}), (LoadedDataset(), persistent)):
         model = load_base(tiny_base, small())
         settings = {"max_steps": 8, "optim": "sgd"} | workers
-        trainer = make_trainer(model, tmp_path, tiny_processor, dataset=EpochDataset(), **settings)
+        trainer = make_trainer(model, tmp_path, tiny_processor, dataset=dataset, **settings)
         trainer.train()
         states.append(adapter_tensors(model))
     assert trainer.train_dataset.dataset.epoch == 1
