@@ -2,7 +2,15 @@
 
 import logging
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCTC, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCTC,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 # bitsandbytes 0.50 warns at every import on CPUs with AVX512-BF16 unless a kernel is fetched from the Hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
@@ -12,11 +20,15 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 from .adapter_loading import load_speech_adapter
 from .adapters import SpeechAdapterConfig, adapter_rows, save_adapter
 from .configuration_deepspeech2 import DeepSpeech2Config
+from .configuration_echostream import EchoStreamConfig
 from .configuration_emformer import EmformerConfig
 from .feature_extraction_deepspeech2 import DeepSpeech2FeatureExtractor
+from .feature_extraction_echostream import EchoStreamFeatureExtractor
 from .modeling_deepspeech2 import DeepSpeech2ForCTC
+from .modeling_echostream import EchoStreamForSpeechToSpeechTranslation
 from .modeling_emformer import EmformerModel
 from .processing_deepspeech2 import DeepSpeech2Processor
+from .processing_echostream import EchoStreamProcessor
 from .tokenization_deepspeech2 import JamoCTCTokenizer
 
 __all__ = [
@@ -24,6 +36,10 @@ __all__ = [
     "DeepSpeech2FeatureExtractor",
     "DeepSpeech2ForCTC",
     "DeepSpeech2Processor",
+    "EchoStreamConfig",
+    "EchoStreamFeatureExtractor",
+    "EchoStreamForSpeechToSpeechTranslation",
+    "EchoStreamProcessor",
     "EmformerConfig",
     "EmformerModel",
     "JamoCTCTokenizer",
@@ -40,6 +56,10 @@ AutoModelForCTC.register(DeepSpeech2Config, DeepSpeech2ForCTC, exist_ok=True)
 AutoFeatureExtractor.register(DeepSpeech2Config, DeepSpeech2FeatureExtractor, exist_ok=True)
 AutoProcessor.register(DeepSpeech2Config, DeepSpeech2Processor, exist_ok=True)
 AutoTokenizer.register(DeepSpeech2Config, slow_tokenizer_class=JamoCTCTokenizer, exist_ok=True)
+AutoConfig.register(EchoStreamConfig.model_type, EchoStreamConfig, exist_ok=True)
+AutoModelForSpeechSeq2Seq.register(EchoStreamConfig, EchoStreamForSpeechToSpeechTranslation, exist_ok=True)
+AutoFeatureExtractor.register(EchoStreamConfig, EchoStreamFeatureExtractor, exist_ok=True)
+AutoProcessor.register(EchoStreamConfig, EchoStreamProcessor, exist_ok=True)
 
 # The same classes travel with a checkpoint to the Hub.
 DeepSpeech2Config.register_for_auto_class()
@@ -49,3 +69,7 @@ DeepSpeech2ForCTC.register_for_auto_class("AutoModelForCTC")
 DeepSpeech2FeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 DeepSpeech2Processor.register_for_auto_class("AutoProcessor")
 JamoCTCTokenizer.register_for_auto_class("AutoTokenizer")
+EchoStreamConfig.register_for_auto_class()
+EchoStreamForSpeechToSpeechTranslation.register_for_auto_class("AutoModelForSpeechSeq2Seq")
+EchoStreamFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
+EchoStreamProcessor.register_for_auto_class("AutoProcessor")
