@@ -12,7 +12,7 @@ from .collators import IGNORED_LABEL
 from .left_out import report_left_out
 from .spelling import MAX_CLIP_SECONDS, drop_long
 from .text import find_normalizer
-from .utterances import count_ctc_frames, name_rows, read_concatenated
+from .utterances import count_ctc_frames, read_concatenated
 
 LABEL_COLUMNS = ("asr_labels", "target_labels", "unit_labels")
 
@@ -69,9 +69,7 @@ def read_translations(
     table = read_concatenated(corpus, columns, sampling_rate=processor.feature_extractor.sampling_rate)
     checks = {"cannot be used": _find_fault(space)}
     if not is_evaluation:
-        table = drop_long(
-            table, max_seconds=max_clip_seconds, sampling_rate=processor.feature_extractor.sampling_rate
-        )
+        table = drop_long(table, max_seconds=max_clip_seconds, sampling_rate=processor.feature_extractor.sampling_rate)
         checks["have labels that their frames do not fit"] = _find_misfit(processor, space, max_speed)
     for what, find in checks.items():
         table = _drop_rows(table, find, what=f"utterances {what}")
@@ -96,9 +94,9 @@ def _find_fault(space: LabelSpace) -> Callable[[Mapping], str | None]:
         for column, labels in (("text", "asr_labels"), ("target_text", "target_labels")):
             if not row[labels]:
                 return f"column `{column}` has no word"
-        outside = [unit for unit in row.get("unit_labels") or () if not 0 <= unit - space.unit_offset < space.num_units]
-        if outside:
-            return f"unit {outside[0] - space.unit_offset} is none of the model's {space.num_units}"
+        units = [label - space.unit_offset for label in row.get("unit_labels") or ()]
+        if outside := [unit for unit in units if not 0 <= unit < space.num_units]:
+            return f"unit {outside[0]} is none of the model's {space.num_units}"
         return None
 
     return find

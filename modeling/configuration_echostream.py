@@ -44,8 +44,8 @@ ENCODER_FIELDS = (
 @strict
 class EchoStreamConfig(PreTrainedConfig):
     r"""
-    Configuration of [`EchoStreamForSpeechToSpeechTranslation`]. The defaults are those of the size `base`; subwords and
-    units are numbered as in StreamSpeech.
+    Configuration of [`EchoStreamForSpeechToSpeechTranslation`]. The defaults are those of the size `base`; subwords
+    and units are numbered as in StreamSpeech.
 
     Args:
         encoder_config (`EmformerConfig` or `dict`): The encoder. Its fields for sizes and contexts, such as
@@ -67,7 +67,7 @@ class EchoStreamConfig(PreTrainedConfig):
         unit_weight, mt_weight, asr_weight, st_weight (`float`): Weights of the losses; 0 leaves one out.
         label_smoothing (`float`): Share of the translation's labels that is spread over all subwords in training.
         blank_token_id (`int`): Blank of both languages' CTC.
-        bos_token_id, pad_token_id, eos_token_id, unk_token_id, decoder_start_token_id (`int`): Subwords with a meaning.
+        bos_token_id, pad_token_id, eos_token_id, unk_token_id, decoder_start_token_id (`int`): Special subwords.
         max_position_embeddings (`int`): Positions that are computed beforehand; more are computed when needed.
 
     Example:

@@ -104,7 +104,9 @@ class EchoStreamFeatureExtractor(SequenceFeatureExtractor):
             ValueError: As the class.
         """
         if (mean is None) != (std is None):
-            raise ValueError(f"`mean` and `std` must be given together, got {'std' if mean is None else 'mean'} alone.")
+            raise ValueError(
+                f"`mean` and `std` must be given together, got {'std' if mean is None else 'mean'} alone."
+            )
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and (len(values) != self.feature_size or not np.isfinite(values).all()):
                 raise ValueError(

@@ -11,7 +11,6 @@ Source: StreamSpeech (arXiv 2406.03049) for the heads, with the Emformer (arXiv 
 The layers of the decoders are M2M100's, which are fairseq's pre-norm Transformer, names included.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -306,7 +305,9 @@ class EchoStreamForSpeechToSpeechTranslation(EchoStreamPreTrainedModel, Generati
         """Returns the encoder's output for whole utterances; see `forward`."""
         if segment_length == 0:
             frames = torch.tensor(input_features.shape[1])
-            segment_length = max(1, int(self._get_feat_extract_output_lengths(frames)), self.config.right_context_length)
+            segment_length = max(
+                1, int(self._get_feat_extract_output_lengths(frames)), self.config.right_context_length
+            )
         return self.encoder(input_features, attention_mask, segment_length=segment_length)
 
     def _find_lengths(
