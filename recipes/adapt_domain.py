@@ -43,7 +43,7 @@ from training.domain_results import (
     measure_pairs,
     save_domain_outcome,
 )
-from training.objectives.domain import DomainTrainer, DomainTrainingArguments
+from training.domain_training import DomainTrainer, DomainTrainingArguments
 from training.output_folder import check_output_dir, claim_output_dir
 from training.planning import quantize_shapes
 from training.trainer import check_trainable

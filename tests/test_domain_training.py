@@ -18,15 +18,8 @@ from modeling import SpeechAdapterConfig
 from modeling.adapters import is_adapter_parameter
 from tests.speech_models import make_whisper_processor, save_base
 from training.audio_tower import add_adapter, find_tower_block, load_tower_alone
-from training.objectives.domain import (
-    DISTANCES,
-    DomainObjective,
-    DomainTrainer,
-    DomainTrainingArguments,
-    cache_tower,
-    evaluate_distances,
-    measure_distances,
-)
+from training.domain_training import DomainTrainer, DomainTrainingArguments, cache_tower
+from training.objectives.domain import DISTANCES, DomainObjective, evaluate_distances, measure_distances
 
 ROOT = Path(__file__).parents[1]
 PROMPT = make_prompt(make_whisper_processor())

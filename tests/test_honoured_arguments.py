@@ -6,8 +6,8 @@ import pytest
 
 from recipes.train_ctc import CTCTrainingArguments
 from training.arguments import parse_arguments
+from training.domain_training import DomainTrainingArguments
 from training.honoured_arguments import HONOURED_BY_STACK, HONOURED_BY_TRAINER
-from training.objectives.domain import DomainTrainingArguments
 from training.personal import PersonalTrainingArguments
 from training.trainer import RecipeTrainingArguments
 

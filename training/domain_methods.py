@@ -23,7 +23,8 @@ from modeling.adapter_files import locate_base
 from training.audio_tower import add_adapter, find_tower_block, load_tower_alone
 from training.checkpoint_digest import note_checkpoint
 from training.corpus_arguments import CorpusArguments, load_split
-from training.objectives.domain import OBJECTIVES, DomainObjective, cache_tower
+from training.domain_training import cache_tower
+from training.objectives.domain import OBJECTIVES, DomainObjective
 
 logger = logging.getLogger(__name__)
 

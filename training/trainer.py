@@ -44,6 +44,7 @@ from modeling.adapters import (
 from modeling.files import make_scratch, move_folder, write_whole
 from training.checkpoints import find_checkpoint, list_model_weights
 from training.honoured_arguments import HONOURED_BY_TRAINER, check_honoured, check_needed, list_changed
+from training.objectives import Objective
 
 
 @dataclass
@@ -300,16 +301,19 @@ class AdapterTrainer(Trainer):
     uninterrupted one, and the best adapter comes back at the end; without, it is the stock Trainer.
 
     Args:
+        model: An [`Objective`], or a model that has its own loss.
         score: Returns the error rates of the evaluation data by name, `wer` and `cer`, if the best model is chosen by
             one of them.
     """
 
-    def __init__(self, *args, score: Callable[[], Mapping[str, float]] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, *args, score: Callable[[], Mapping[str, float]] | None = None, **kwargs):
+        super().__init__(model if isinstance(model, Objective) else Objective(model), *args, **kwargs)
         if self.args.dataloader_persistent_workers and hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset = SharedEpochDataset(self.train_dataset)
         self.score = score
         self.loss_is_scaled_for_ga = True  # by `find_shares`: batches differ in size
+        self._noted: dict[str, torch.Tensor] = {}
+        self._num_noted = 0
         self.step_items: dict[str, torch.Tensor] = {}
         self.add_callback(DropoutCallback())
         self._runtime, self._scratch = RuntimeCallback(), None
@@ -409,35 +413,44 @@ class AdapterTrainer(Trainer):
             finally:
                 self._scratch = None
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training and has_adapters(self._unwrapped()):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        if has_adapters(self._unwrapped()):
             set_frozen_modules_to_eval(model)
-        return self._weigh(super().compute_loss(model, inputs, *args, **kwargs), inputs, is_training=model.training)
+        inputs = {**inputs, "shares": self.find_shares(inputs)}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        for name in self.objective.ITEMS:
+            if name in outputs:
+                self._noted[name] = self._noted.get(name, 0.0) + outputs[name]
+        return (loss, outputs) if return_outputs else loss
 
-    def count_items(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns the number of what the loss of a batch is a mean over, by name: utterances."""
-        return {"utterances": torch.tensor(float(len(inputs["labels"])))}
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the means of the loss's parts since the last log of a training step."""
+        if "loss" in logs and self._noted:
+            noted = self.accelerator.reduce(self._noted, "mean")
+            logs |= {name: value.item() / self._num_noted for name, value in noted.items()}
+            self._noted, self._num_noted = {}, 0
+        super().log(logs, start_time)
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         """As the Trainer's, and counts the items of all batches of an optimizer step, of all processes."""
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        counts = [self.count_items(batch) for batch in batches]
+        self._num_noted += 1
+        batches, num_items = super().get_batch_samples(map(self._prepare_batch, epoch_iterator), *args, **kwargs)
+        counts = [self.objective.count_items(batch) for batch in batches]
         totals = {name: sum(count[name] for count in counts).to(self.args.device) for name in (counts or [{}])[0]}
         # The mean over processes, because they average their gradients.
         self.step_items = self.accelerator.reduce(totals, "mean")
         return batches, num_items
 
+    def _prepare_batch(self, batch: dict) -> dict:
+        with self.accelerator.autocast():
+            return self.objective.prepare(self._prepare_inputs(batch))
+
     def find_shares(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the share of a batch in the items of its optimizer step, by name, times the number of processes."""
-        counts = self.count_items(inputs)
+        counts = self.objective.count_items(inputs)
         return {name: counts[name].to(total.device) / total for name, total in self.step_items.items()}
-
-    def _weigh(self, result, inputs, *, is_training: bool):
-        """Makes the losses of a step's batches add up to the mean over all of its utterances."""
-        if not is_training:
-            return result
-        (share,) = self.find_shares(inputs).values()
-        return (result[0] * share, result[1]) if isinstance(result, tuple) else result * share
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -446,8 +459,23 @@ class AdapterTrainer(Trainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": rates[name] for name in ("wer", "cer")})
         return output
 
-    def _unwrapped(self) -> nn.Module:
+    @property
+    def objective(self) -> Objective:
+        """What is minimised, without what accelerate and torch have put around it."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _unwrapped(self) -> nn.Module:
+        return self.objective.adapted_model
+
+    @contextmanager
+    def _without_objective(self) -> Iterator[None]:
+        """Makes the Trainer save and load the model, whose files know nothing of what was minimised."""
+        objective = self.model
+        self.model = objective if self.is_deepspeed_enabled or self.is_fsdp_enabled else self._unwrapped()
+        try:
+            yield
+        finally:
+            self.model = objective
 
     def _adapter_model(self) -> nn.Module | None:
         """The model, if its adapters are ours to save and load: engines that shard do it themselves."""
@@ -469,10 +497,12 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self._adapter_model()
         output_dir = output_dir or self.args.output_dir
+        if state_dict:  # of an engine that shards
+            state_dict = {name.removeprefix("model."): value for name, value in state_dict.items()}
         if not self.args.should_save:
             return super()._save(output_dir, state_dict) if model is None else None
         if model is None:
-            with write_whole(output_dir) as scratch:
+            with write_whole(output_dir) as scratch, self._without_objective():
                 return super()._save(str(scratch), state_dict)
         for name, folder in self._adapter_folders(output_dir).items():
             save_adapter(model, folder, name, processor=self.processing_class)
@@ -490,13 +520,15 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._adapter_model() is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with self._without_objective():
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._load_adapters(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self._adapter_model() is None:
-            super()._load_best_model()
+            with self._without_objective():
+                super()._load_best_model()
         else:
             self._load_adapters(self.state.best_model_checkpoint)
 
