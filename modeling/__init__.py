@@ -7,6 +7,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForCTC,
+    AutoModelForMultimodalLM,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
     AutoTokenizer,
@@ -19,19 +20,27 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 from .adapter_loading import load_speech_adapter
 from .adapters import SpeechAdapterConfig, adapter_rows, save_adapter
+from .configuration_audio_lm import AudioLMConfig
 from .configuration_deepspeech2 import DeepSpeech2Config
 from .configuration_echostream import EchoStreamConfig
 from .configuration_emformer import EmformerConfig
 from .feature_extraction_deepspeech2 import DeepSpeech2FeatureExtractor
 from .feature_extraction_echostream import EchoStreamFeatureExtractor
+from .modeling_audio_lm import AudioLMForConditionalGeneration, AudioLMModel, AudioLMMultiModalProjector
 from .modeling_deepspeech2 import DeepSpeech2ForCTC
 from .modeling_echostream import EchoStreamForSpeechToSpeechTranslation
 from .modeling_emformer import EmformerModel
+from .processing_audio_lm import AudioLMProcessor
 from .processing_deepspeech2 import DeepSpeech2Processor
 from .processing_echostream import EchoStreamProcessor
 from .tokenization_deepspeech2 import JamoCTCTokenizer
 
 __all__ = [
+    "AudioLMConfig",
+    "AudioLMForConditionalGeneration",
+    "AudioLMModel",
+    "AudioLMMultiModalProjector",
+    "AudioLMProcessor",
     "DeepSpeech2Config",
     "DeepSpeech2FeatureExtractor",
     "DeepSpeech2ForCTC",
@@ -61,6 +70,11 @@ AutoModelForSpeechSeq2Seq.register(EchoStreamConfig, EchoStreamForSpeechToSpeech
 AutoFeatureExtractor.register(EchoStreamConfig, EchoStreamFeatureExtractor, exist_ok=True)
 AutoProcessor.register(EchoStreamConfig, EchoStreamProcessor, exist_ok=True)
 
+AutoConfig.register(AudioLMConfig.model_type, AudioLMConfig, exist_ok=True)
+AutoModel.register(AudioLMConfig, AudioLMModel, exist_ok=True)
+AutoModelForMultimodalLM.register(AudioLMConfig, AudioLMForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(AudioLMConfig, AudioLMProcessor, exist_ok=True)
+
 # The same classes travel with a checkpoint to the Hub.
 DeepSpeech2Config.register_for_auto_class()
 EmformerConfig.register_for_auto_class()
@@ -73,3 +87,7 @@ EchoStreamConfig.register_for_auto_class()
 EchoStreamForSpeechToSpeechTranslation.register_for_auto_class("AutoModelForSpeechSeq2Seq")
 EchoStreamFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 EchoStreamProcessor.register_for_auto_class("AutoProcessor")
+AudioLMConfig.register_for_auto_class()
+AudioLMModel.register_for_auto_class("AutoModel")
+AudioLMForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
+AudioLMProcessor.register_for_auto_class("AutoProcessor")
