@@ -17,7 +17,7 @@ from data.spoken_numbers import Words
 from data.synthesis import RATE_JITTER, Voice, add_room, new_corpus_folder, synthesize, write_metadata
 
 SOURCES = ("es", "ko")
-NUM_SENTENCES = {"train": 12_000, "validation": 300, "test": 500}
+NUM_SENTENCES = {"train": 8_000, "validation": 300, "test": 500}
 # Variants of espeak-ng by split, so that who is heard in a test was never trained on.
 VARIANTS = {
     "train": (
@@ -82,7 +82,7 @@ def write_parallel_corpus(
     Args:
         folder: Where to write; must be new or empty.
         language: Of the source, "es" or "ko".
-        num_sentences: Of each split; default 12,000 for training, 300 for validation, 500 for testing.
+        num_sentences: Of each split; default 8,000 for training, 300 for validation, 500 for testing.
         seed: Chooses sentences, voices, rates, loudness and noise.
         num_processes: That read at once; default: one a core. The files do not depend on it.
 

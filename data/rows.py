@@ -26,11 +26,12 @@ RENAMED_COLUMNS = {
     "tgt_text": "target_text",
     "translation": "target_text",
     "tgt_audio": "units",  # of fairseq's and StreamSpeech's manifests
+    "tgt_durations": "durations",
 }
 TEXT_COLUMNS = ("text", "target_text", "instruction", "response")
 NAME_COLUMNS = ("speaker_id", "domain", "pair_id")  # names, even where a corpus writes them as numbers
 # Columns that later steps may use beside those that a recipe requires; others, whatever they hold, stay behind.
-KEPT_COLUMNS = ("audio", *TEXT_COLUMNS, *NAME_COLUMNS, "split", "target_audio", "units")
+KEPT_COLUMNS = ("audio", *TEXT_COLUMNS, *NAME_COLUMNS, "split", "target_audio", "units", "durations")
 RATE_COLUMNS = ("sampling_rate", "sample_rate")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".webm", ".mp4", ".aiff", ".au", ".amr")
 SLICE = re.compile(r"(.+\.zip):(\d+):(\d+)", re.IGNORECASE)  # a recording inside an archive: offset and bytes

@@ -18,7 +18,7 @@ def read_target(
     row: Mapping[str, object], required_columns: Sequence[str], where: str, source: Source
 ) -> dict[str, object]:
     """
-    Returns the columns `target_audio` and `units` of a row that has them; None where they are empty.
+    Returns the columns `target_audio`, `units` and `durations` of a row that has them; None where they are empty.
 
     Args:
         row: In the project's names.
@@ -27,8 +27,8 @@ def read_target(
         source: Of the row.
 
     Raises:
-        RowError: A recording that is required is not there, what should be units is none, or they are not as many as
-            `tgt_n_frames` says.
+        RowError: A recording that is required is not there, what should be units is none, or required units are not
+            as many as `tgt_n_frames` says or as there are durations.
     """
     target: dict[str, object] = {}
     if "target_audio" in row:
@@ -40,30 +40,42 @@ def read_target(
             if "target_audio" in required_columns:
                 raise
             target["target_audio"] = None
-    if "units" in row:
-        target["units"] = _read_counted(row, where) if "units" in required_columns else _try_units(row, where)
+    for column in ("units", "durations"):
+        if column in row:
+            target[column] = _read_numbers(row, column, where, is_required=column in required_columns)
+    if "units" in required_columns:
+        _check_counts(row, target, where)
     return target
 
 
-def _read_counted(row: Mapping[str, object], where: str) -> list[int]:
-    units, stated = read_units(row["units"], where), row.get("tgt_n_frames")
-    if units is None:
-        raise RowError(f"`units` of {where} must not be empty, got {row['units']!r}")
-    if not is_empty(stated) and str(stated).strip() != str(len(units)):
-        raise RowError(f"`tgt_n_frames` of {where} must be the number of its units, {len(units)}, got {stated}")
-    return units
-
-
-def _try_units(row: Mapping[str, object], where: str) -> object:
+def _read_numbers(row: Mapping[str, object], column: str, where: str, *, is_required: bool) -> object:
     try:
-        return read_units(row["units"], where)
-    except RowError:  # nothing needs them; where cells differ in type, the column is left out with a warning
-        return row["units"]
+        numbers = read_units(row[column], f"`{column}` of {where}")
+    except RowError:
+        if is_required:
+            raise
+        return row[column]  # where cells of a column differ in type, it is left out with a warning
+    if numbers is None and is_required:
+        raise RowError(f"`{column}` of {where} must not be empty, got {row[column]!r}")
+    return numbers
 
 
-def read_units(value: object, where: str) -> list[int] | None:
+def _check_counts(row: Mapping[str, object], target: Mapping[str, object], where: str) -> None:
+    num_units, stated = len(target["units"]), row.get("tgt_n_frames")
+    if not is_empty(stated) and str(stated).strip() != str(num_units):
+        raise RowError(f"`tgt_n_frames` of {where} must be the number of its units, {num_units}, got {stated}")
+    durations = target.get("durations")
+    if isinstance(durations, list) and len(durations) != num_units:
+        raise RowError(f"`durations` of {where} must be one a unit, {num_units}, got {len(durations)}")
+
+
+def read_units(value: object, name: str) -> list[int] | None:
     """
     Returns units from a list, or from a text with spaces between them; None if there are none.
+
+    Args:
+        value: Of a cell.
+        name: What a message calls the cell.
 
     Raises:
         RowError: One is no whole number from 0.
@@ -77,7 +89,7 @@ def read_units(value: object, where: str) -> list[int] | None:
     for part in parts:
         text = str(part)
         if not text.isascii() or not text.isdigit():
-            raise RowError(f"`units` of {where} must be whole numbers with spaces between them, got {text!r:.40}")
+            raise RowError(f"{name} must be whole numbers with spaces between them, got {text!r:.40}")
         units.append(int(text))
     return units or None
 
