@@ -94,7 +94,7 @@ class EmformerConfig(PreTrainedConfig):
         """Part of the strict validation: refuses sizes of which no model can be built."""
         for name in ("num_mel_bins", "subsampling_factor", "subsampling_channels", "hidden_size", "num_hidden_layers"):
             self._check_at_least(name, 1)
-        for name in ("num_attention_heads", "intermediate_size", "segment_length", "vocab_size"):
+        for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
             self._check_at_least(name, 1)
         for name in ("left_context_length", "right_context_length", "max_memory_size"):
             self._check_at_least(name, 0)
@@ -113,7 +113,7 @@ class EmformerConfig(PreTrainedConfig):
         self._check_choice("memory_type", MEMORY_TYPES)
         self._check_choice("memory_activation", MEMORY_ACTIVATIONS)
         self._check_choice("ctc_loss_reduction", ("mean", "sum"))
-        check_right_context(self.right_context_length, self.segment_length)
+        check_segment_length(self.segment_length, self.right_context_length)
 
     def validate_subsampling(self):
         """Part of the strict validation: refuses subsamplings that do not lead to the encoder's width."""
@@ -151,13 +151,15 @@ class EmformerConfig(PreTrainedConfig):
             raise ValueError(f"`{name}` must be {allowed}, got {getattr(self, name)!r}.")
 
 
-def check_right_context(right_context_length: int, segment_length: int) -> None:
+def check_segment_length(segment_length: int, right_context_length: int) -> None:
     """
-    Makes sure that a segment's right context lies within the next segment.
+    Makes sure that there is a segment, and that its right context lies within the next one.
 
     Raises:
-        ValueError: The right context is longer than a segment.
+        ValueError: `segment_length` is under 1, or the right context is longer than a segment.
     """
+    if segment_length < 1:
+        raise ValueError(f"`segment_length` must be at least 1, got {segment_length}.")
     if right_context_length > segment_length:
         raise ValueError(
             f"`right_context_length` must be at most `segment_length` ({segment_length}), got "

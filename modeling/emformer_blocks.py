@@ -12,7 +12,16 @@ MIN_BLOCK_FRAMES = 32
 
 
 def make_additive_mask(is_allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns what attention adds to its scores: 0 where `is_allowed`, and a very low number elsewhere."""
+    """
+    Returns what attention adds to its scores: 0 where `is_allowed`, and a very low number elsewhere.
+
+    Queries without any key, which are padding, see all of them: their values are finite and are used nowhere.
+
+    Args:
+        is_allowed: Whether a query sees a key `(..., queries, keys)`.
+        dtype: Of the scores.
+    """
+    is_allowed = is_allowed | ~is_allowed.any(-1, keepdim=True)
     mask = torch.zeros(is_allowed.shape, dtype=dtype, device=is_allowed.device)
     return mask.masked_fill_(~is_allowed, torch.finfo(dtype).min)
 
@@ -117,13 +126,8 @@ class EmformerBlocks:
 
     @cached_property
     def attention_mask(self) -> torch.Tensor:
-        """
-        What attention adds to the scores `(batch * blocks, 1, queries, keys)`.
-
-        Rows without any key, which are padding, see all of them: their values are finite and are used nowhere.
-        """
+        """What attention adds to the scores `(batch * blocks, 1, queries, keys)`."""
         is_allowed = self._is_in_reach & self._is_real_key.unsqueeze(-2)  # (batch or 1, blocks, queries, keys)
-        is_allowed |= ~is_allowed.any(-1, keepdim=True)
         return make_additive_mask(is_allowed, self.dtype).flatten(0, 1).unsqueeze(1)
 
     def expand_mask(self, num_utterances: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Source: Shi et al., "Emformer" (arXiv 2010.10759), in the layout of torchaudio, whose checkpoints convert by name.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from .configuration_emformer import EmformerConfig, check_right_context
+from .configuration_emformer import EmformerConfig, check_segment_length
 from .emformer_blocks import EmformerBlocks
+from .emformer_cache import EmformerCache, EmformerPaddingCache, EmformerStep, collect_frames, is_before
 
 MAX_CLAMPED_MEMORY = 10.0
 
@@ -30,11 +32,15 @@ class EmformerModelOutput(ModelOutput):
         attention_mask (`torch.Tensor` of shape `(batch, frames)`): 1 for a frame, 0 for padding on the right.
         hidden_states (`tuple[torch.Tensor]`): Input of the first layer and output of each, `(batch, frames, hidden)`,
             when asked for.
+        past_key_values (`EmformerCache`): Of streams, for the next call.
+        padding_cache (`EmformerPaddingCache`): Of streams, for the next call.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     attention_mask: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    past_key_values: EmformerCache | None = None
+    padding_cache: EmformerPaddingCache | None = None
 
 
 class EmformerConvSubsampler(nn.Module):
@@ -60,10 +66,19 @@ class EmformerConvSubsampler(nn.Module):
         self.scale = config.hidden_size**0.5
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        counts: Sequence[int] | None = None,
+        padding_cache: EmformerPaddingCache | None = None,
+    ) -> torch.Tensor:
         hidden_states = input_features.mT  # (batch, mel, frames)
-        for convolution in self.convolutions:
-            hidden_states = nn.functional.pad(hidden_states, (self.left_padding, 0))
+        for index, convolution in enumerate(self.convolutions):
+            if padding_cache is None:
+                hidden_states = nn.functional.pad(hidden_states, (self.left_padding, 0))
+            else:
+                row_counts = [count >> index for count in counts]
+                hidden_states = padding_cache.update(hidden_states, row_counts, index, self.left_padding)
             hidden_states = nn.functional.glu(convolution(hidden_states), dim=1)
         return self.projection(self.scale * hidden_states.mT)
 
@@ -76,7 +91,12 @@ class EmformerStackSubsampler(nn.Module):
         self.factor = config.subsampling_factor
         self.projection = nn.Linear(config.num_mel_bins, config.hidden_size // self.factor, bias=False)
 
-    def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        _counts: Sequence[int] | None = None,
+        _padding_cache: EmformerPaddingCache | None = None,
+    ) -> torch.Tensor:
         num_frames = input_features.shape[1] // self.factor
         return self.projection(input_features[:, : num_frames * self.factor]).reshape(
             len(input_features), num_frames, -1
@@ -125,7 +145,11 @@ class EmformerAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, memory: torch.Tensor, blocks: EmformerBlocks, attention_mask: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        memory: torch.Tensor,
+        blocks: EmformerBlocks | EmformerStep,
+        attention_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -186,7 +210,7 @@ class EmformerLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, hidden_states: torch.Tensor, blocks: EmformerBlocks, attention_mask: torch.Tensor | None
+        self, hidden_states: torch.Tensor, blocks: EmformerBlocks | EmformerStep, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """
         Args:
@@ -272,92 +296,186 @@ class EmformerModel(EmformerPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         *,
+        past_key_values: EmformerCache | None = None,
+        padding_cache: EmformerPaddingCache | None = None,
+        use_cache: bool | None = None,
+        is_last: bool | torch.Tensor = False,
         segment_length: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> EmformerModelOutput:
         """
+        Encodes whole utterances or, with `use_cache`, what has arrived of streams.
+
+        A stream may be cut anywhere: each call takes the frames that are new and returns those that are encoded, which
+        may be none. A frame is encoded as soon as its segment and right context have arrived, or at the stream's end.
+
         Args:
             input_features: Features `(batch, frames, mel)`, every 10 ms.
             attention_mask: 1 for a frame, 0 for padding on the right, `(batch, frames)`.
             inputs_embeds: In place of features, frames behind the subsampling `(batch, frames, hidden)`, with an
                 `attention_mask` as long.
-            segment_length: Frames a segment in place of the configuration's, as for training with several.
+            past_key_values: What the attention of streams remembers, from the call before.
+            padding_cache: What their subsampling remembers, from the call before.
+            use_cache: Whether the rows are streams; by default if there is a cache.
+            is_last: Of streams: whether they end with these frames, for all or a row `(batch,)`.
+            segment_length: Of whole utterances: frames a segment in place of the configuration's, as for training
+                with several. Streams have that of their cache.
             output_hidden_states: Also return every layer's output.
 
         Raises:
             ValueError: Neither or both of `input_features` and `inputs_embeds` are given, they have another width than
-                the model, an utterance gives no frame, the attention mask does not fit or pads on the left, or
-                `segment_length` is under 1 or shorter than the right context.
+                the model, an utterance gives no frame, the attention mask does not fit or pads on the left,
+                `segment_length` is under 1 or shorter than the right context; or streams are run in training mode,
+                without one of their caches, in another batch than before, or beyond their end.
         """
-        segment_length = self.config.segment_length if segment_length is None else segment_length
-        if segment_length < 1:
-            raise ValueError(f"`segment_length` must be at least 1, got {segment_length}.")
-        check_right_context(self.config.right_context_length, segment_length)
-        inputs_embeds, lengths = self._embed(input_features, attention_mask, inputs_embeds)
-        blocks = EmformerBlocks(
-            self.config,
-            lengths,
-            inputs_embeds.shape[1],
-            segment_length=segment_length,
-            dtype=inputs_embeds.dtype,
-            device=inputs_embeds.device,
-        )
-        mask = blocks.expand_mask(len(inputs_embeds))
-        rows = blocks.lay_out(inputs_embeds)
-        hidden_states = (inputs_embeds,)
-        for layer in self.layers:
-            rows = layer(rows, blocks, mask)
-            if output_hidden_states:
-                hidden_states += (blocks.take_frames(rows),)
-        last_hidden_state = blocks.take_frames(rows)
-        if self.projection is not None:
-            last_hidden_state = self.projection(last_hidden_state)
-        output = EmformerModelOutput(
-            last_hidden_state=last_hidden_state,
-            attention_mask=self._make_mask(last_hidden_state, lengths),
-            hidden_states=hidden_states if output_hidden_states else None,
-        )
+        is_stream = past_key_values is not None or padding_cache is not None if use_cache is None else use_cache
+        inputs, lengths = self._check_inputs(input_features, attention_mask, inputs_embeds, is_stream)
+        if is_stream:
+            if segment_length is not None:
+                raise ValueError("`segment_length` must be the cache's for streams. Give it to `EmformerCache`.")
+            with torch.no_grad():
+                output = self._encode_streams(
+                    inputs,
+                    lengths,
+                    inputs_embeds is None,
+                    past_key_values,
+                    padding_cache,
+                    is_last,
+                    output_hidden_states,
+                )
+        else:
+            if past_key_values is not None or padding_cache is not None or is_last is not False:
+                raise ValueError("`use_cache` must be True for streams, got False with a cache or `is_last`.")
+            output = self._encode_utterances(
+                inputs, lengths, inputs_embeds is None, segment_length, output_hidden_states
+            )
         return output.to_tuple() if return_dict is False else output
 
-    def _embed(
+    def _check_inputs(
         self,
         input_features: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
+        is_stream: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the first layer's input with zeros as padding, and its real frames, None where there is no mask."""
+        """Returns the inputs in the model's dtype with zeros as padding, and their real frames if there is a mask."""
         if (input_features is None) == (inputs_embeds is None):
             raise ValueError("`input_features` must be given, or `inputs_embeds` in their place, and not both.")
-        if inputs_embeds is None:
-            name, inputs, width, factor = (
-                "input_features",
-                input_features,
-                self.config.num_mel_bins,
-                self.config.subsampling_factor,
-            )
-        else:
-            name, inputs, width, factor = "inputs_embeds", inputs_embeds, self.config.hidden_size, 1
+        name, inputs = (
+            ("inputs_embeds", inputs_embeds) if input_features is None else ("input_features", input_features)
+        )
+        width = self.config.hidden_size if input_features is None else self.config.num_mel_bins
         if inputs.dim() != 3 or inputs.shape[-1] != width:
             raise ValueError(f"`{name}` must be (batch, frames, {width}), got {tuple(inputs.shape)}.")
         lengths = None if attention_mask is None else _count_frames(attention_mask, inputs)
-        shortest = inputs.shape[1] if lengths is None else int(lengths.min())
-        if shortest < factor:
-            raise ValueError(f"`{name}` must have at least {factor} frames an utterance, got {shortest}.")
-        inputs = _zero_padding(
-            inputs.to(self.dtype), lengths
-        )  # features are fp32, whatever the checkpoint was saved in
-        if inputs_embeds is None and self.subsampler is not None:
+        if not is_stream:
+            needed = 1 if input_features is None else self.config.subsampling_factor
+            shortest = inputs.shape[1] if lengths is None else int(lengths.min())
+            if shortest < needed:
+                raise ValueError(f"`{name}` must have at least {needed} frames an utterance, got {shortest}.")
+        # Features are fp32, whatever the checkpoint was saved in.
+        return _zero_padding(inputs.to(self.dtype), lengths), lengths
+
+    def _encode_utterances(
+        self,
+        inputs: torch.Tensor,
+        lengths: torch.Tensor | None,
+        is_features: bool,
+        segment_length: int | None,
+        output_hidden_states: bool | None,
+    ) -> EmformerModelOutput:
+        segment_length = self.config.segment_length if segment_length is None else segment_length
+        check_segment_length(segment_length, self.config.right_context_length)
+        if is_features and self.subsampler is not None:
             lengths = None if lengths is None else self._get_feat_extract_output_lengths(lengths)
             inputs = _zero_padding(self.subsampler(inputs), lengths)
-        return inputs, lengths
+        blocks = EmformerBlocks(
+            self.config,
+            lengths,
+            inputs.shape[1],
+            segment_length=segment_length,
+            dtype=inputs.dtype,
+            device=inputs.device,
+        )
+        mask = blocks.expand_mask(len(inputs))
+        rows = blocks.lay_out(inputs)
+        hidden_states = (inputs,)
+        for layer in self.layers:
+            rows = layer(rows, blocks, mask)
+            if output_hidden_states:
+                hidden_states += (blocks.take_frames(rows),)
+        last_hidden_state = self._project(blocks.take_frames(rows))
+        return EmformerModelOutput(
+            last_hidden_state=last_hidden_state,
+            attention_mask=_make_mask(last_hidden_state, lengths),
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
 
-    @staticmethod
-    def _make_mask(hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        if lengths is None:
-            return torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
-        frames = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        return (frames < lengths[:, None]).long()
+    def _encode_streams(
+        self,
+        inputs: torch.Tensor,
+        lengths: torch.Tensor | None,
+        is_features: bool,
+        cache: EmformerCache | None,
+        padding_cache: EmformerPaddingCache | None,
+        is_last: bool | torch.Tensor,
+        output_hidden_states: bool | None,
+    ) -> EmformerModelOutput:
+        if self.training:
+            raise ValueError("`use_cache` must be False in training mode, got True. Call `eval()` before streaming.")
+        is_subsampled = is_features and self.subsampler is not None
+        if is_subsampled and (cache is None or not cache.batch_size) != (
+            padding_cache is None or not padding_cache.batch_size
+        ):
+            raise ValueError("`past_key_values` and `padding_cache` must come from the same call, got one of them.")
+        counts = [inputs.shape[1]] * len(inputs) if lengths is None else lengths.tolist()
+        cache = EmformerCache(self.config) if cache is None else cache
+        is_last = torch.as_tensor(is_last).expand(len(inputs)).tolist()
+        cache.check(counts)
+        if is_subsampled:
+            padding_cache = EmformerPaddingCache(self.config) if padding_cache is None else padding_cache
+            inputs, counts = padding_cache.take_whole_strides(inputs, counts)
+            if max(counts):
+                inputs = self.subsampler(inputs, counts, padding_cache)
+                counts = [count // self.config.subsampling_factor for count in counts]
+            else:
+                inputs = inputs.new_zeros(len(inputs), 0, self.config.hidden_size)
+        cache.append(inputs, counts, is_last)
+        parts = []
+        while cache.find_ready_rows():
+            parts.append(self._encode_step(EmformerStep(cache), output_hidden_states))
+        num_states = self.config.num_hidden_layers + 1 if output_hidden_states else 1
+        states, totals = collect_frames(parts, len(inputs), [inputs[:, :0]] * num_states)
+        last_hidden_state = self._project(states[-1])
+        return EmformerModelOutput(
+            last_hidden_state=last_hidden_state,
+            attention_mask=is_before(totals, last_hidden_state.shape[1]).long().to(inputs.device),
+            hidden_states=tuple(states) if output_hidden_states else None,
+            past_key_values=cache,
+            padding_cache=padding_cache,
+        )
+
+    def _encode_step(
+        self, step: EmformerStep, output_hidden_states: bool | None
+    ) -> tuple[list[int], tuple[torch.Tensor, ...]]:
+        """Encodes a segment of each stream that has one; returns how many frames of each are real, and states."""
+        mask, rows = step.make_mask(), step.lay_out()
+        states = (step.take_frames(rows),)
+        for layer in self.layers:
+            rows = layer(rows, step, mask)
+            states = (*states, step.take_frames(rows)) if output_hidden_states else (step.take_frames(rows),)
+        step.commit()
+        return step.num_frames, states
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if self.projection is None else self.projection(hidden_states)
+
+
+def _make_mask(hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    if lengths is None:
+        return torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+    return (torch.arange(hidden_states.shape[1], device=hidden_states.device) < lengths[:, None]).long()
 
 
 def _count_frames(attention_mask: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

@@ -39,3 +39,27 @@ def test_forward_gives_what_the_equations_of_the_paper_give(context, memory_type
         with torch.no_grad():
             output = model(inputs_embeds=frames[None]).last_hidden_state[0]
             torch.testing.assert_close(output, encode(model, frames), rtol=0, atol=1e-12)
+
+
+def stream(model, features, cuts, **caches):
+    """Encodes `features` `(batch, frames, mel)` cut at `cuts`; returns what each call gave, and the last output."""
+    parts, start = [], 0
+    for end in [*cuts, features.shape[1]]:
+        is_last = end == features.shape[1]
+        output = model(features[:, start:end], use_cache=True, is_last=is_last, **caches)
+        caches = {"past_key_values": output.past_key_values, "padding_cache": output.padding_cache}
+        parts.append(output.last_hidden_state)
+        start = end
+    return parts, output
+
+
+@pytest.mark.parametrize("memory_type", ["attention", "mean"])
+@pytest.mark.parametrize("context", CONTEXTS, ids=str)
+def test_a_stream_gives_what_the_whole_utterance_gives(context, memory_type):
+    model = make_model(context, memory_type=memory_type)
+    for num_frames in (4, 50, 143):
+        features = torch.randn(1, num_frames, 8)
+        parts, _ = stream(model, features, sorted({1, 2, 9, 17, 40, 41} & set(range(num_frames))))
+        with torch.no_grad():
+            whole = model(features).last_hidden_state
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
