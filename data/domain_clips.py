@@ -163,7 +163,7 @@ def find_cuts(samples: np.ndarray, max_samples: int) -> list[int]:
 
     ```python
     >>> import numpy as np
-    >>> from data.domain import find_cuts
+    >>> from data.domain_clips import find_cuts
 
     >>> samples = np.ones(50_000)
     >>> samples[27_000:27_400] = 0

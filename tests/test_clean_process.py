@@ -12,6 +12,7 @@ from minihub import MiniHub
 from safetensors.torch import load_file, save_file
 from test_hub import connect, push_stock_model, train_and_push
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
+from tree import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +22,7 @@ import json, re, sys, time
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling", "data", "recipes", "benchmarks", "tests"):
+        if name.split(".")[0] in {(*PACKAGES, "tests")!r}:
             raise ImportError(f"{{name}} must not be importable here")
 
 sys.meta_path.insert(0, Blocker())

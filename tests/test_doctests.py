@@ -2,16 +2,12 @@
 
 import doctest
 import importlib
-from pathlib import Path
 
 import pytest
+from tree import ROOT, list_code
 
-ROOT = Path(__file__).parents[1]
 MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in ("benchmarks", "data", "modeling", "recipes")
-    for path in (ROOT / folder).glob("*.py")
-    if path.name != "__init__.py"
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in list_code() if path.name != "__init__.py"
 )
 
 

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tree import PACKAGES, ROOT, list_code
 
 from inference.beam_search import import_flashlight
-
-ROOT = Path(__file__).parents[1]
-ROOMS = ("modeling", "data", "recipes", "benchmarks")
 
 
 def _read_names(file_name: str) -> list[str]:
@@ -27,11 +25,11 @@ def _list_imports(path: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - set(ROOMS)
+    return names - set(sys.stdlib_module_names) - set(PACKAGES)
 
 
 def test_every_imported_package_is_in_requirements_once():
-    imported = set().union(*(_list_imports(path) for room in ROOMS for path in (ROOT / room).glob("*.py")))
+    imported = set().union(*map(_list_imports, list_code()))
     owners = importlib.metadata.packages_distributions()
     needed = {owners[name][0].lower().replace("_", "-") for name in imported}
     required = [name.replace("_", "-") for name in _read_names("requirements.txt")]

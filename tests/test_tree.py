@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from tree import ROOT, TREE, describe, render_tree
+from tree import PACKAGES, ROOT, TREE, describe, list_code, render_tree
 
 # Rooms, and those that each may import.
 LIBRARY = ("modeling", "data")
@@ -68,6 +68,13 @@ def test_no_two_files_functions_or_classes_share_a_name():
                 if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                     places[node.name].add(path)
     assert {name: paths for name, paths in places.items() if len(paths) > 1 and name not in SHARED_NAMES} == {}
+
+
+def test_every_folder_of_code_is_installed_and_tested():
+    folders = {path.parent for path in ROOT.rglob("*.py")} - {ROOT / "tests"}
+    ours = {folder for folder in folders if not any(part.startswith(".") for part in folder.relative_to(ROOT).parts)}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in ours} == set(PACKAGES)
+    assert {path.parent for path in list_code()} == ours
 
 
 def test_tree_names_every_file_with_its_first_line():

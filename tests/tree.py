@@ -6,18 +6,25 @@ Writes docs/tree.md, a line for each file: its docstring's first sentence.
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TREE = ROOT / "docs" / "tree.md"
 ROOMS = ("accelerate_configs", "benchmarks", "converters", "data", "docs", "inference", "modeling", "publishing")
 ROOMS += ("recipes", "recipes/configs", "training", "training/objectives")
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
 HEAD = """# Tree
 
 A line for each file, from its own first line; `python tests/tree.py` writes it anew. `modeling` and `data` know
 nobody; `inference`, `publishing` and `converters` know those two; `training` knows all these; `recipes` know
 everything but each other. What is in `modeling/` travels to the Hub, nothing else does.
 """
+
+
+def list_code() -> list[Path]:
+    """Returns every module of the project, without the tests."""
+    return sorted(path for package in PACKAGES for path in (ROOT / package.replace(".", "/")).glob("*.py"))
 
 
 def describe(path: Path) -> str:
