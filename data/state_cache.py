@@ -140,9 +140,7 @@ def _find_or_build(dataset, run, *, collate, key, folder, batch_size, dtype) -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / ".lock"):
-            damage = find_cache_damage(
-                path, key, DTYPES[dtype]
-            )  # another process may have built it while this one waited
+            damage = find_cache_damage(path, key, DTYPES[dtype])  # another process may have built it by now
             if damage is None:
                 return FeatureCache(path), "reused"
             if path.exists():

@@ -176,10 +176,10 @@ def test_features_of_ours_are_librosas(tmp_path, capsys):
 
 
 def test_personal_training_is_measured_against_its_peers_and_limits(tmp_path, capsys):
-    options = ["--kinds", "replacement", "mlp", "--precisions", "fp32", "bf16", "--vocab_sizes", "30", "--quick"]
+    options = ["--kinds", "mlp", "--precisions", "fp32", "bf16", "--vocab_sizes", "30", "--quick"]
     personal_training.main([*options, "--results_folder", str(tmp_path)])
     *rows, memory = json.loads((tmp_path / "personal_training.json").read_text())["rows"]
-    cases = [(kind, precision) for kind in ("replacement", "mlp") for precision in ("fp32", "bf16")]
+    cases = [("mlp", precision) for precision in ("fp32", "bf16")]
     assert [(row["kind"], row["precision"]) for row in rows] == cases
     row = rows[-1]
 
