@@ -49,7 +49,7 @@ class DomainArguments:
     source_domain: str = field(
         default="microphone", metadata={"help": "Domain that the base knows: a value of column `domain`."}
     )
-    target_domain: str = field(default="ldv", metadata={"help": "Domain to apply_block to, likewise."})
+    target_domain: str = field(default="ldv", metadata={"help": "Domain to adapt to, likewise."})
     simulate_domain: Literal["ldv"] | None = field(
         default=None, metadata={"help": "Make the target domain's clips from the source domain's, with --ldv_* flags."}
     )
