@@ -24,12 +24,13 @@ from .configuration_audio_lm import AudioLMConfig
 from .configuration_deepspeech2 import DeepSpeech2Config
 from .configuration_echostream import EchoStreamConfig
 from .configuration_emformer import EmformerConfig
+from .emformer_cache import EmformerCache
 from .feature_extraction_deepspeech2 import DeepSpeech2FeatureExtractor
 from .feature_extraction_echostream import EchoStreamFeatureExtractor
 from .modeling_audio_lm import AudioLMForConditionalGeneration, AudioLMModel, AudioLMMultiModalProjector
 from .modeling_deepspeech2 import DeepSpeech2ForCTC
 from .modeling_echostream import EchoStreamForSpeechToSpeechTranslation
-from .modeling_emformer import EmformerModel
+from .modeling_emformer import EmformerForCTC, EmformerModel
 from .processing_audio_lm import AudioLMProcessor
 from .processing_deepspeech2 import DeepSpeech2Processor
 from .processing_echostream import EchoStreamProcessor
@@ -49,7 +50,9 @@ __all__ = [
     "EchoStreamFeatureExtractor",
     "EchoStreamForSpeechToSpeechTranslation",
     "EchoStreamProcessor",
+    "EmformerCache",
     "EmformerConfig",
+    "EmformerForCTC",
     "EmformerModel",
     "JamoCTCTokenizer",
     "SpeechAdapterConfig",
@@ -61,6 +64,7 @@ __all__ = [
 AutoConfig.register(DeepSpeech2Config.model_type, DeepSpeech2Config, exist_ok=True)
 AutoConfig.register(EmformerConfig.model_type, EmformerConfig, exist_ok=True)
 AutoModel.register(EmformerConfig, EmformerModel, exist_ok=True)
+AutoModelForCTC.register(EmformerConfig, EmformerForCTC, exist_ok=True)
 AutoModelForCTC.register(DeepSpeech2Config, DeepSpeech2ForCTC, exist_ok=True)
 AutoFeatureExtractor.register(DeepSpeech2Config, DeepSpeech2FeatureExtractor, exist_ok=True)
 AutoProcessor.register(DeepSpeech2Config, DeepSpeech2Processor, exist_ok=True)
@@ -79,6 +83,7 @@ AutoProcessor.register(AudioLMConfig, AudioLMProcessor, exist_ok=True)
 DeepSpeech2Config.register_for_auto_class()
 EmformerConfig.register_for_auto_class()
 EmformerModel.register_for_auto_class("AutoModel")
+EmformerForCTC.register_for_auto_class("AutoModelForCTC")
 DeepSpeech2ForCTC.register_for_auto_class("AutoModelForCTC")
 DeepSpeech2FeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 DeepSpeech2Processor.register_for_auto_class("AutoProcessor")

@@ -15,11 +15,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
+from .adapters import SpeechAdapterMixin
 from .configuration_emformer import EmformerConfig, check_segment_length
 from .emformer_blocks import EmformerBlocks
 from .emformer_cache import EmformerCache, EmformerPaddingCache, EmformerStep, collect_frames, is_before
+from .packed_ctc import check_labels_fit
 
 MAX_CLAMPED_MEMORY = 10.0
+# Logit of every class but the blank on frames that are padding: argmax gives blank there, and exp underflows to 0.
+PADDED_LOGIT = -1e4
 
 
 @dataclass
@@ -38,6 +42,30 @@ class EmformerModelOutput(ModelOutput):
 
     last_hidden_state: torch.FloatTensor | None = None
     attention_mask: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    past_key_values: EmformerCache | None = None
+    padding_cache: EmformerPaddingCache | None = None
+
+
+@dataclass
+class EmformerCTCOutput(ModelOutput):
+    """
+    Output of [`EmformerForCTC`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): CTC loss in fp32, when `labels` are given.
+        logits (`torch.Tensor` of shape `(batch, frames, vocab_size)`): Scores before the softmax. Beyond an
+            utterance's end the blank is certain.
+        logits_lengths (`torch.Tensor` of shape `(batch,)`): Frames of `logits` that are not padding, 40 ms each.
+        hidden_states (`tuple[torch.Tensor]`): Input of the first layer and output of each, `(batch, frames, hidden)`,
+            when asked for.
+        past_key_values (`EmformerCache`): Of streams, for the next call.
+        padding_cache (`EmformerPaddingCache`): Of streams, for the next call.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    logits_lengths: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     past_key_values: EmformerCache | None = None
     padding_cache: EmformerPaddingCache | None = None
@@ -232,7 +260,7 @@ class EmformerLayer(GradientCheckpointingLayer):
         return rows.view_as(hidden_states)
 
 
-class EmformerPreTrainedModel(PreTrainedModel):
+class EmformerPreTrainedModel(SpeechAdapterMixin, PreTrainedModel):
     config_class = EmformerConfig
     base_model_prefix = "encoder"
     main_input_name = "input_features"
@@ -497,3 +525,104 @@ def _zero_padding(hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> 
         return hidden_states
     is_padding = torch.arange(hidden_states.shape[1], device=hidden_states.device) >= lengths[:, None]
     return hidden_states.masked_fill(is_padding[:, :, None], 0.0)
+
+
+class EmformerForCTC(EmformerPreTrainedModel):
+    """
+    Emformer with a CTC classifier: a recogniser of whole utterances and of streams.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling import EmformerConfig, EmformerForCTC
+
+    >>> model = EmformerForCTC(EmformerConfig(num_hidden_layers=2, right_context_length=2)).eval()
+    >>> features = torch.randn(1, 64, 80)  # .64 s
+    >>> first = model(features[:, :30], use_cache=True)
+    >>> caches = {"past_key_values": first.past_key_values, "padding_cache": first.padding_cache}
+    >>> second = model(features[:, 30:], **caches, is_last=True)
+    >>> first.logits_lengths.tolist(), second.logits_lengths.tolist()  # 40 ms each; two frames wait for right context
+    ([4], [12])
+    >>> streamed = torch.cat([first.logits, second.logits], 1)
+    >>> torch.allclose(streamed, model(features).logits, atol=1e-5)
+    True
+
+    ```
+    """
+
+    def __init__(self, config: EmformerConfig):
+        super().__init__(config)
+        self.encoder = EmformerModel(config)
+        self.classifier = nn.Linear(config.output_size or config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        past_key_values: EmformerCache | None = None,
+        padding_cache: EmformerPaddingCache | None = None,
+        use_cache: bool | None = None,
+        is_last: bool | torch.Tensor = False,
+        segment_length: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> EmformerCTCOutput:
+        """
+        Args:
+            input_features: Features `(batch, frames, mel)`, every 10 ms.
+            attention_mask: 1 for a frame, 0 for padding on the right, `(batch, frames)`.
+            labels: Classes `(batch, tokens)`, -100 beyond a transcript's end.
+            past_key_values: As in [`EmformerModel`], like all that follow.
+
+        Raises:
+            ValueError: As in [`EmformerModel`]; or a transcript needs more frames than there are (CTC would be
+                infinite), or streams have labels.
+        """
+        encoded = self.encoder(
+            input_features,
+            attention_mask,
+            past_key_values=past_key_values,
+            padding_cache=padding_cache,
+            use_cache=use_cache,
+            is_last=is_last,
+            segment_length=segment_length,
+            output_hidden_states=output_hidden_states,
+        )
+        if labels is not None and encoded.past_key_values is not None:
+            raise ValueError("`labels` must be left out of streams: CTC aligns whole utterances.")
+        lengths = encoded.attention_mask.sum(-1)
+        logits = self._mask_logits(self.classifier(encoded.last_hidden_state), encoded.attention_mask.bool())
+        output = EmformerCTCOutput(
+            loss=None if labels is None else self._ctc_loss(logits, lengths, labels),
+            logits=logits,
+            logits_lengths=lengths,
+            hidden_states=encoded.hidden_states,
+            past_key_values=encoded.past_key_values,
+            padding_cache=encoded.padding_cache,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _mask_logits(self, logits: torch.Tensor, is_frame: torch.Tensor) -> torch.Tensor:
+        if is_frame.all():
+            return logits
+        blank = logits.new_full((logits.shape[-1],), PADDED_LOGIT)
+        blank[self.config.pad_token_id] = 0.0
+        return torch.where(is_frame[:, :, None], logits, blank)
+
+    def _ctc_loss(self, logits: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        label_lengths = check_labels_fit(labels, lengths)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        log_probs = logits.to(dtype).log_softmax(-1).transpose(0, 1)  # (frames, batch, vocab_size)
+        with torch.backends.cudnn.flags(enabled=False):
+            return nn.functional.ctc_loss(
+                log_probs,
+                labels.clamp(min=0),
+                lengths,
+                label_lengths.to(lengths.device),
+                blank=self.config.pad_token_id,
+                reduction=self.config.ctc_loss_reduction,
+            )
