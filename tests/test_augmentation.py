@@ -286,6 +286,30 @@ def test_recipes_have_rooms_by_default_and_can_do_without():
         assert Augmentation(**{name: 0.1}).changes
 
 
+def test_a_pause_is_drawn_for_each_end_and_gap_and_inside_a_clip_of_several_words_alone(clips, tiny_processor):
+    settings = {"augmentation": Augmentation(pause_share=1.0)}
+    alone = UtteranceDataset(clips, tiny_processor, **settings)
+    assert [len(pauses) for pauses in alone.pauses] == [2, 2, 2, 3]
+    joined = [UtteranceDataset(clips, tiny_processor, concatenate=(2, 2), seed=seed, **settings) for seed in range(6)]
+    assert {3} <= {group[0] for utterances in joined for group in utterances.groups}  # the clip of two words
+    assert {len(pauses) for utterances in joined for pauses in utterances.pauses} == {3}
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "concatenate", "is_random"),
+    [(None, (1, 1), False), (None, (1, 2), False), (Augmentation(), (1, 1), False), (Augmentation(), (1, 2), True),
+     (Augmentation(pause_share=0.1), (1, 1), True)],
+)  # fmt: skip
+def test_utterances_are_random_where_epochs_differ(clips, tiny_processor, augmentation, concatenate, is_random):
+    utterances = UtteranceDataset(clips, tiny_processor, augmentation=augmentation, concatenate=concatenate)
+    assert utterances.is_random == is_random
+    epochs = []
+    for epoch in range(8):
+        utterances.set_epoch(epoch)
+        epochs.append((utterances.groups, utterances.lengths))
+    assert (epochs.count(epochs[0]) < len(epochs)) == is_random
+
+
 def test_processes_that_load_the_data_hear_what_one_process_hears(clips, tiny_processor):
     utterances = UtteranceDataset(clips, tiny_processor, augmentation=ALL, seed=1)
     utterances.set_epoch(1)

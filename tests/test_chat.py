@@ -110,6 +110,7 @@ def test_a_chat_hears_all_of_its_clips(bases):
     model, prompt = load_chat(str(bases["qwen2_audio"]))
     first, second, third = clips(9_000, 30_000, 16_000)
     answers = answer(model, prompt, [("a", [first, second]), ("a", [first, third])], max_new_tokens=6)
+    assert answers[0] != answers[1]
     alone = [answer(model, prompt, [("a", heard)], max_new_tokens=6)[0] for heard in ([first, second], [first, third])]
     assert answers == alone
 
@@ -119,10 +120,33 @@ def test_whisper_writes_down_one_file_or_a_line_a_file(chat, files):
     assert chat("whisper", "--audio", *files[:2]).splitlines()[0] == f"{files[0]}\t{alone.strip()}"
 
 
+def test_a_question_is_about_all_files_together(bases, chat, files):
+    model, prompt = load_chat(str(bases["qwen2_audio"]))
+    heard = [soundfile.read(file, dtype="float32")[0] for file in files[:2]]
+    (together,) = answer(model, prompt, [("Who?", heard)], max_new_tokens=6)
+    assert chat("qwen2_audio", "--audio", *files[:2], "Who?") == f"{together}\n"
+
+
+@pytest.mark.parametrize(("family", "num_kept"), [("whisper", 0), ("qwen2_audio", 1)])
+def test_an_answer_has_as_many_new_tokens_as_asked_for(bases, family, num_kept, monkeypatch):
+    model, prompt = load_chat(str(bases[family]))
+    model.generation_config.eos_token_id = None  # the answer goes on until it is stopped
+    new = []
+    # Whisper gives the answer alone, the other its question before it.
+    monkeypatch.setattr(type(prompt), "read", lambda _, tokens, asked: new.append(tokens.shape[1] - num_kept * asked))
+    for limit in (3, 6):
+        answer(model, prompt, [(None, clips(9_000))], max_new_tokens=limit)
+    assert new == [3, 6]
+
+
 def test_a_long_file_is_split_with_a_message(chat, files, caplog):
     with caplog.at_level(logging.WARNING):
         chat("qwen2_audio", "--audio", files[2], "Who?")
     assert "has 5.0 s and the model hears 2 s at once: it is split into 3 clips" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        chat("qwen2_audio", "--audio", files[1], "Who?")
+    assert "split" not in caplog.text
 
 
 def test_whisper_answers_a_long_file_part_by_part(bases, chat, files):

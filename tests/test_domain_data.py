@@ -58,6 +58,15 @@ def test_an_answer_stands_before_a_transcript_and_has_its_question(small_corpus)
     assert set(clips["instruction"]) == {"Which?"}
 
 
+def test_cells_without_a_value_are_empty_and_not_the_word_none(small_corpus):
+    corpus = load_corpus(str(small_corpus), split="test").remove_columns("speaker_id")
+    for name in ("instruction", "speaker_id", "pair_id"):
+        corpus = corpus.add_column(name, [None, *["given"] * (len(corpus) - 1)])
+    clips = decode_domain(corpus, sampling_rate=RATE)
+    assert [clips[0][name] for name in ("instruction", "speaker_id", "pair_id")] == [""] * 3
+    assert [clips[1][name] for name in ("instruction", "speaker_id", "pair_id")] == ["given"] * 3
+
+
 def test_clips_without_an_answer_are_named_unless_none_is_needed(small_corpus):
     corpus = load_corpus(str(small_corpus), split="test").remove_columns("text")
     with pytest.raises(ValueError, match=r"`text` \(or `response`\) must be given for every clip, got none for .*wav"):
@@ -78,6 +87,9 @@ def test_a_transcript_that_is_too_short_for_its_clip_is_warned_of(small_corpus, 
     decode_domain(corpus.remove_columns("text").add_column("text", texts), sampling_rate=RATE)
     assert f"1 of {len(corpus)} clips have fewer than" in caplog.text
     assert f"{corpus[0]['audio']['path']} (1 characters in" in caplog.text
+    caplog.clear()
+    decode_domain(corpus.add_column("response", texts), sampling_rate=RATE)  # an answer may be short
+    assert not caplog.text
 
 
 def test_pairs_are_brought_into_the_source_s_order():
@@ -96,6 +108,8 @@ def test_many_clips_without_a_partner_are_counted():
     source, target = make_clips(pair_id=list("abcdefgh")), make_clips(pair_id=["a"])
     with pytest.raises(ValueError, match=r"got none for 1.wav; .*; 5.wav and 2 more. Add"):
         match_pairs(source, target)
+    with pytest.raises(ValueError, match=r"got none for 1.wav; .*; 5.wav. Add"):
+        match_pairs(make_clips(pair_id=list("abcdef")), target)
 
 
 def test_pairs_of_different_length_are_named_with_both_lengths():
