@@ -23,7 +23,8 @@ from benchmarks.results_file import RESULTS_FOLDER, keep_row, store_result
 from benchmarks.timing import MIN_SAMPLE_SECONDS, Timing, alternate, copy_bytes_per_s, gemm_flops
 from inference.adapter_store import AdapterStore
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
-from modeling.adapters import is_adapter_parameter, save_adapter
+from modeling.adapter_files import save_adapter
+from modeling.adapters import is_adapter_parameter
 from publishing.report import format_table
 
 GOAL_ROWS, GOAL_ACTIVATION_MS, GOAL_ACTIVATION_RATIO = 1.03, 0.25, 6.0

@@ -3,48 +3,61 @@
 What a call of [`AdapterStore.rows`] does for each adapter of a batch:
 
     in memory        its files are as they were                            nothing is read
-    used before      the files are as they were when they were checked     one read into a row of a table
+    used before      the files are as they were when they were checked     one read into blocks that are there
     never used       all checks of `load_speech_adapter`                   files, base, fit, and effect
+
+The tensors of a slot are views of one piece of memory, in the order in which safetensors writes them: a file is read
+into it as it is, by one system call. Files of another precision or order, and other devices, take a copy more.
 """
 
+import copy
 import difflib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
-from peft import inject_adapter_in_model
+from peft.utils import CONFIG_NAME
+from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, ProcessorMixin
 
-from inference.adapter_table import CONFIG_NAME, AdapterTable, Files, Slot, read_fields, stat_files
-from modeling.active_adapters import BASE, check_adapter_name, serve_rows
-from modeling.adapter_files import ADAPTER_WEIGHTS_NAME, SavedAdapter, read_adapter
-from modeling.adapter_layer import SpeechAdapterLayer
+from modeling.adapter_config import SPEECH_ADAPTER
+from modeling.adapter_layer import (
+    BASE,
+    FrameLengths,
+    SpeechAdapterLayer,
+    check_adapter_name,
+    is_empty_layer,
+    remove_empty_layers,
+    serve_rows,
+)
 from modeling.adapter_loading import (
-    SPEECH_ADAPTER_TYPE,
-    check_fit,
+    ADAPTER_WEIGHTS_NAME,
+    SavedAdapter,
+    check_effect,
     check_tensors,
     compare_bases,
-    without_false_alarms,
+    inject_empty,
+    name_on_disk,
+    read_adapter,
 )
-from modeling.adapter_probe import check_effect
-from modeling.files import PENDING_FOLDER, find_whole
+from modeling.files import PENDING_FOLDER
 from modeling.fingerprint import find_version, fingerprint_base, fingerprint_processor
-from modeling.frame_lengths import FrameLengths
-from modeling.module_places import copy_modules, find_module, remove_empty_layers
 
-MAX_TABLES = 8  # configurations in one store
 # Entries of a configuration that make no other modules and no other outputs.
 FREE_ENTRIES = {"auto_mapping", "base_fingerprint", "base_mismatch_allowed", "base_model_name_or_path", "dropout"}
 FREE_ENTRIES |= {"inference_mode", "peft_version", "revision", "task_type"}
+LENGTH_BYTES = 8  # in front of a safetensors header
 # A model may have several stores, and one place in it only one layer at a time.
 MOUNTING = threading.RLock()
-TEMPLATE = "store_template"  # name of the adapter that is injected to see what an adapter of a configuration is
 
 
 def list_adapter_names(folder: str | Path) -> list[str]:
@@ -86,6 +99,108 @@ def locate_adapter(folder: str | Path, name: str) -> str:
     )
 
 
+class Slot:
+    """
+    Memory for one adapter of a configuration, and its modules.
+
+    Args:
+        templates: Blocks without memory, by the names of the modules that they adapt.
+        device: Where the base is.
+    """
+
+    @torch.inference_mode(False)  # a slot outlives the batch that needs it first
+    def __init__(self, templates: Mapping[str, nn.Module], device: torch.device):
+        shapes = list_tensors(templates)
+        order = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))  # as safetensors
+        ends = torch.tensor([shapes[name].nbytes for name in order]).cumsum(0).tolist()
+        self.content = torch.empty(ends[-1], dtype=torch.uint8, device=device)
+        self.layout = {name: [end - shapes[name].nbytes, end] for name, end in zip(order, ends, strict=True)}
+        self.tensors = {
+            name: self.content[begin:end].view(shapes[name].dtype).view(shapes[name].shape)
+            for name, (begin, end) in self.layout.items()
+        }
+        self.blocks: dict[str, nn.Module] = {}
+        for module, template in templates.items():
+            block = copy.deepcopy(template)
+            views = {name: self.tensors[_name_tensor(module, name)] for name in block.state_dict()}
+            block.load_state_dict(views, assign=True)
+            self.blocks[module] = block.requires_grad_(False).eval()
+        self.num_users = 0  # open batches; a slot in use is not given to another adapter
+
+    def read(self, known: "KnownFiles") -> bool:
+        """Reads weights that have been checked before; false if the files are no longer those that were checked."""
+        path, layout = f"{known.folder}/{ADAPTER_WEIGHTS_NAME}", self.layout
+        try:
+            if self.content.device.type == "cpu" and known.layout == layout:
+                with open(path, "rb", buffering=0) as file:
+                    file.seek(known.begin)
+                    if file.readinto(memoryview(self.content.numpy())) != len(self.content):
+                        return False
+            else:
+                for name, tensor in load_file(path).items():
+                    self.tensors[name].copy_(tensor)
+        except (OSError, ValueError):
+            return False
+        return stat_files(known.folder) == known.states
+
+
+def list_tensors(blocks: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of an adapter's blocks by the names that they have on disk."""
+    return {
+        _name_tensor(module, name): value
+        for module, block in blocks.items()
+        for name, value in block.state_dict().items()
+    }
+
+
+def _name_tensor(module: str, parameter: str) -> str:
+    return name_on_disk(f"{module}.speech_adapter_blocks.{parameter}")
+
+
+@dataclass(frozen=True)
+class KnownFiles:
+    """
+    The files of an adapter as they were when they were last checked.
+
+    Args:
+        key: What its configuration says.
+        folder: Where they lie.
+        states: Of configuration and weights, see [`stat_files`].
+        begin: Byte of the first tensor.
+        layout: Where each tensor lies behind that, if its type is the slots'.
+    """
+
+    key: str
+    folder: str
+    states: tuple[tuple[int, ...], ...] | None
+    begin: int
+    layout: dict[str, list[int]]
+
+
+def stat_files(folder: str) -> tuple[tuple[int, ...], ...] | None:
+    """Returns what tells whether the files of an adapter have changed; `None` if they are not all in place."""
+    try:
+        found = [os.stat(f"{folder}/{name}") for name in (CONFIG_NAME, ADAPTER_WEIGHTS_NAME)]
+    except OSError:
+        return None
+    if os.path.lexists(f"{folder}/{PENDING_FOLDER}"):
+        return None
+    return tuple((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) for status in found)
+
+
+def describe_files(key: str, folder: str, states: tuple | None, tensors: Mapping[str, torch.Tensor]) -> KnownFiles:
+    """Returns where the tensors of an adapter lie whose files safetensors has read, and so found to be whole."""
+    if states is None:
+        return KnownFiles(key, folder, None, 0, {})
+    with open(f"{folder}/{ADAPTER_WEIGHTS_NAME}", "rb") as file:
+        num_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        entries = json.loads(file.read(num_bytes))
+    layout = {name: entries[name]["data_offsets"] for name in tensors}
+    sizes = {name: end - begin for name, (begin, end) in layout.items()}
+    is_alike = all(sizes[name] == tensor.nbytes for name, tensor in tensors.items())
+    return KnownFiles(key, folder, states, LENGTH_BYTES + num_bytes, layout if is_alike else {})
+
+
 @dataclass
 class Mount:
     """
@@ -106,35 +221,38 @@ class Mount:
     child: str
     original: nn.Module
     module_name: str
-    needs_frame_lengths: bool
+    needs_frame_lengths: bool = False
     num_users: int = 0
 
+    @contextmanager
+    def mounted(self, model: nn.Module) -> Iterator[None]:
+        """
+        Puts the layer into its place in `model` while a batch of any thread needs it.
 
-def find_mounts(model: nn.Module, saved: SavedAdapter) -> tuple[dict[str, Mount], dict[str, nn.Module]]:
-    """
-    Returns where adapters of the configuration of `saved` act, and one adapter's blocks, both by module name.
-
-    The adapter is injected into a copy of the model's modules, so that other threads see nothing of it.
-    """
-    twin = _copy_unserved(model)
-    names = {id(module): name for name, module in twin.named_modules()}
-    with without_false_alarms(), torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(saved.checked_config(), twin, TEMPLATE)
-    mounts, blocks = {}, {}
-    for layer in [layer for layer in twin.modules() if TEMPLATE in getattr(layer, "speech_adapter_blocks", ())]:
-        is_own = id(layer) in names
-        name = names[id(layer if is_own else layer.base_layer)]
-        parent_name, _, child = name.rpartition(".")
-        parent, original = (find_module(model, place, SpeechAdapterLayer) for place in (parent_name, name))
-        blocks[name], needs_frame_lengths = layer.speech_adapter_blocks[TEMPLATE], layer.needs_frame_lengths
-        if layer.frame_lengths is not None:
-            layer.frame_lengths.release()
-        if not is_own:
-            del layer.speech_adapter_blocks[TEMPLATE]
-            layer._active_adapter, layer.frame_lengths, layer.training = [], None, False
-            layer.base_layer, layer.place = original, None
-        mounts[name] = Mount(original if is_own else layer, parent, child, original, name, needs_frame_lengths)
-    return mounts, blocks
+        Raises:
+            ValueError: Something else stands there.
+        """
+        with MOUNTING:
+            now = self.parent._modules.get(self.child)
+            if now is not (self.layer if self.num_users else self.original):
+                raise ValueError(
+                    f"`model` must not get or lose adapters while a store serves it, got a {type(now).__name__} at "
+                    f"{self.module_name}. Close the store first."
+                )
+            setattr(self.parent, self.child, self.layer)
+            if self.needs_frame_lengths and self.layer.frame_lengths is None:
+                self.layer.frame_lengths = FrameLengths()
+                self.layer.frame_lengths.follow(model, self.module_name)
+            self.num_users += 1
+        try:
+            yield
+        finally:
+            with MOUNTING:
+                self.num_users -= 1
+                if not self.num_users:
+                    if not self.layer.needs_frame_lengths:
+                        self.layer.release_frame_lengths()
+                    setattr(self.parent, self.child, self.original)
 
 
 class AdapterStore:
@@ -147,8 +265,8 @@ class AdapterStore:
 
     Args:
         model: The adapters' base, in evaluation mode and on its device.
-        folder: The adapters, of one or a few configurations.
-        capacity: Adapters of a configuration that stay in memory, and that a batch may have.
+        folder: The adapters, of any configurations.
+        capacity: Adapters that stay in memory, and that a batch may have.
         processor: Of the model; its vocabulary and feature settings are compared too.
         allow_base_mismatch: Take adapters that were made for another base.
 
@@ -180,10 +298,11 @@ class AdapterStore:
         self.model, self.folder, self.capacity = model, str(folder), capacity
         self._processor, self._allow_base_mismatch = processor, allow_base_mismatch
         self._fingerprints: dict[int, dict[str, object]] = {}  # of the base, by version
-        self._tables: dict[str, AdapterTable] = {}  # by configuration
+        self._templates: dict[str, dict[str, nn.Module]] = {}  # an adapter's blocks without memory, by configuration
         self._proven: set[str] = set()  # configurations with an adapter that has been seen to act
         self._mounts: dict[str, Mount] = {}  # by module name
-        self._known: dict[str, tuple[str, Files]] = {}  # adapters that have been checked: configuration and files
+        self._known: dict[str, KnownFiles] = {}  # adapters that have been checked
+        self._slots: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
         self._lock = threading.RLock()  # of all that is above
 
     @property
@@ -193,9 +312,9 @@ class AdapterStore:
 
     @property
     def loaded(self) -> list[str]:
-        """Names of the adapters in memory; those of a configuration from the least to the most recently used."""
+        """Names of the adapters in memory, from the least to the most recently used."""
         with self._lock:
-            return [name for table in self._tables.values() for name in table.names]
+            return list(self._slots)
 
     def __contains__(self, name: str) -> bool:
         return _is_adapter(self.folder, name)
@@ -203,7 +322,7 @@ class AdapterStore:
     def close(self) -> None:
         """Lets the memory of the adapters go; the store can be used again."""
         with self._lock:
-            self._tables, self._known, self._mounts = {}, {}, {}
+            self._slots, self._known, self._mounts, self._templates = OrderedDict(), {}, {}, {}
             self._proven.clear()
 
     @contextmanager
@@ -228,12 +347,12 @@ class AdapterStore:
                 "Raise `capacity` or make smaller batches."
             )
         with ExitStack() as stack:
-            lent = {name: stack.enter_context(self._in_use(name)) for name in wanted}
             blocks: dict[SpeechAdapterLayer, dict[str, nn.Module]] = {}
-            for name, (slot, mounts) in lent.items():
+            for name in wanted:
+                slot, mounts = stack.enter_context(self._in_use(name))
                 for module, mount in mounts.items():
                     if mount.layer not in blocks:
-                        stack.enter_context(_mounted(mount, self.model))
+                        stack.enter_context(mount.mounted(self.model))
                     blocks.setdefault(mount.layer, {})[name] = slot.blocks[module]
             stack.enter_context(serve_rows(self.model, adapter_names, blocks))
             yield
@@ -243,14 +362,13 @@ class AdapterStore:
         """Gives the slot of adapter `name`, which keeps it inside, and the places where it acts."""
         with self._lock:
             slot = self._find_slot(name)
-            table = self._tables[self._known[name][0]]
             slot.num_users += 1
             mounts = {module: self._mounts[module] for module in slot.blocks}
         try:
             yield slot, mounts
         finally:
             with self._lock:
-                table.release(name, slot)
+                slot.num_users -= 1
 
     def activate(self, name: str) -> dict[str, nn.Module]:
         """
@@ -266,140 +384,155 @@ class AdapterStore:
             return self._find_slot(name).blocks
 
     def _find_slot(self, name: str) -> Slot:
-        key, files = self._known.get(name, (None, None))
+        files = self._known.get(name)
         if files is None or files.states is None or stat_files(files.folder) != files.states:
             return self._load_checked(name)
-        table = self._tables[key]
-        if (slot := table.find(name)) is not None:
-            return slot
-        slot = table.take()
-        if not table.read(slot, files):
-            table.give_back(slot)
-            return self._load_checked(name)
-        table.keep(name, slot)
+        if (slot := self._slots.get(name)) is None:
+            slot = self._take(files.key)
+            if not slot.read(files):
+                return self._load_checked(name)
+            self._slots[name] = slot
+        self._slots.move_to_end(name)
         return slot
+
+    def _take(self, key: str) -> Slot:
+        """Returns a slot for another adapter: a new one while there is room, then the one of the longest ago."""
+        if len(self._slots) < self.capacity:
+            return self._make_slot(key)
+        for name, slot in self._slots.items():
+            if not slot.num_users:
+                is_alike = self._known[name].key == key
+                del self._slots[name]
+                return slot if is_alike else self._make_slot(key)
+        raise ValueError(
+            f"`capacity` must be at least the number of adapters in use at once, got {self.capacity}. Raise it, or "
+            "close an open `rows`."
+        )
+
+    def _make_slot(self, key: str) -> Slot:
+        templates, device = self._templates[key], self.model.device
+        num_bytes = sum(tensor.nbytes for tensor in list_tensors(templates).values())
+        is_cuda = device.type == "cuda"
+        memory = torch.cuda.mem_get_info(device)[1] if is_cuda else psutil.virtual_memory().total
+        if self.capacity * num_bytes > memory:
+            raise ValueError(
+                f"`capacity` must be a number of adapters that fit into memory, got {self.capacity} of {num_bytes} "
+                "bytes. Lower it."
+            )
+        return Slot(templates, device)
 
     @torch.no_grad()
     def _load_checked(self, name: str) -> Slot:
         """Reads an adapter that is not known, or not in its present state, with all checks."""
-        self._forget(name)
+        self._slots.pop(name, None)
+        self._known.pop(name, None)
         folder = locate_adapter(self.folder, name)
-        paths = [find_whole(folder, part) for part in (CONFIG_NAME, ADAPTER_WEIGHTS_NAME)]
         states = stat_files(folder)
         saved = read_adapter(folder)
-        if saved.config.peft_type != SPEECH_ADAPTER_TYPE:
+        if saved.config.peft_type != SPEECH_ADAPTER:
             raise ValueError(
                 f"`folder` must hold speech adapters, got {folder}, which is {saved.config.peft_type.value}. Load it "
                 "into the model itself."
             )
-        self._check_base(saved)
-        key = _describe_config(saved)
-        header, fields = read_fields(paths[1], saved.header)
-        if key not in self._tables:
-            self._add_table(key, saved, len(header))
-        table = self._tables[key]
-        check_tensors(saved, table.shapes)
-        slot = table.take()
-        try:
-            table.fill(slot, saved)
-            self._check_effect(name, key, slot, saved)
-        except BaseException:
-            table.give_back(slot)
-            raise
-        if states is not None and stat_files(folder) != states:  # somebody is writing it
-            table.give_back(slot)
-            return self._load_checked(name)
-        table.keep(name, slot)
-        self._known[name] = (key, Files(folder, states, header, fields))
-        return slot
-
-    def _forget(self, name: str) -> None:
-        key, _ = self._known.pop(name, (None, None))
-        if key is not None:
-            self._tables[key].drop(name)
-
-    def _check_base(self, saved: SavedAdapter) -> None:
         version = find_version(saved.base_fingerprint or {})
         if version not in self._fingerprints:  # once: it reads every weight of the base
             of_processor = fingerprint_processor(self._processor) if self._processor else {}
             self._fingerprints[version] = fingerprint_base(self.model, version) | of_processor
         compare_bases(saved, self._fingerprints[version], allow_base_mismatch=self._allow_base_mismatch)
-
-    def _check_effect(self, name: str, key: str, slot: Slot, saved: SavedAdapter) -> None:
-        """The probe of `load_speech_adapter`, until an adapter of the configuration that is not zero has passed it."""
-        if key in self._proven:
-            return
-        twin = _copy_unserved(self.model)
-        with without_false_alarms():
-            inject_adapter_in_model(saved.checked_config(), twin, name)
-        layers = [layer for layer in twin.modules() if name in getattr(layer, "speech_adapter_blocks", ())]
-        for layer, block in zip(layers, slot.blocks.values(), strict=True):
-            layer.speech_adapter_blocks[name] = block
-            layer._active_adapter = [name]
-        check_effect(twin, name)
-        if any(block.last_layer.weight.any() for block in slot.blocks.values()):
-            self._proven.add(key)
-
-    def _add_table(self, key: str, saved: SavedAdapter, header_bytes: int) -> None:
-        if len(self._tables) == MAX_TABLES:
-            raise ValueError(
-                f"`folder` must hold adapters of at most {MAX_TABLES} configurations, got another one in "
-                f"{saved.source}. Give each kind and size of adapter a folder of its own."
+        key = _describe_config(saved)
+        twin, layers = (None, {}) if key in self._proven else inject_into_copy(self.model, saved, name)
+        if key not in self._templates:
+            self._add_templates(
+                key, saved, {module: layer.speech_adapter_blocks[name] for module, layer in layers.items()}
             )
-        twin = _copy_unserved(self.model)
-        check_fit(saved, twin, TEMPLATE)
-        mounts, blocks = find_mounts(self.model, saved)
-        self._tables[key] = AdapterTable(blocks, self.capacity, header_bytes)
-        for module, mount in mounts.items():
-            known = self._mounts.setdefault(module, mount)  # where two configurations meet, one layer serves both
-            known.needs_frame_lengths |= mount.needs_frame_lengths
+        check_tensors(saved, list_tensors(self._templates[key]))
+        weights, slot = saved.tensors, self._take(key)
+        for tensor_name, tensor in slot.tensors.items():
+            tensor.copy_(weights[tensor_name])
+        if twin is not None:  # the probe of `load_speech_adapter`, until one that is not zero has passed it
+            for module, layer in layers.items():
+                layer.speech_adapter_blocks[name], layer._active_adapter = slot.blocks[module], [name]
+            check_effect(twin, name)
+            if any(block.last_layer.weight.any() for block in slot.blocks.values()):
+                self._proven.add(key)
+        if states is not None and stat_files(folder) != states:  # somebody is writing it
+            return self._load_checked(name)
+        self._slots[name] = slot
+        self._known[name] = describe_files(key, folder, states, slot.tensors)
+        return slot
+
+    def _add_templates(self, key: str, saved: SavedAdapter, blocks: dict[str, nn.Module]) -> None:
+        for name, block in blocks.items():
+            if name not in self._mounts:  # where two configurations meet, one layer serves both
+                parent_name, _, child = name.rpartition(".")
+                parent, original = (find_module(self.model, place) for place in (parent_name, name))
+                layer = original
+                if not isinstance(original, SpeechAdapterLayer):
+                    with torch.device("meta"):
+                        layer = SpeechAdapterLayer(original, "template", saved.checked_config())
+                    del layer.speech_adapter_blocks["template"]
+                    layer._active_adapter, layer.training = [], False
+                self._mounts[name] = Mount(layer, parent, child, original, name)
+            self._mounts[name].needs_frame_lengths |= block.kind == "transformer"
+        self._templates[key] = blocks
 
 
-@contextmanager
-def _mounted(mount: Mount, model: nn.Module) -> Iterator[None]:
-    """Puts the layer of `mount` into its place while a batch of any thread needs it."""
-    with MOUNTING:
-        _put(mount, model)
-        mount.num_users += 1
-    try:
-        yield
-    finally:
-        with MOUNTING:
-            mount.num_users -= 1
-            if not mount.num_users:
-                _take_away(mount)
+def inject_into_copy(
+    model: nn.Module, saved: SavedAdapter, adapter_name: str
+) -> tuple[nn.Module, dict[str, SpeechAdapterLayer]]:
+    """
+    Returns a copy of `model` with an adapter of the configuration of `saved`, without memory, and its layers by name.
 
+    Other threads, which may be serving batches, see nothing of it.
 
-def _put(mount: Mount, model: nn.Module) -> None:
-    now = mount.parent._modules.get(mount.child)
-    if now is not (mount.layer if mount.num_users else mount.original):
-        raise ValueError(
-            f"`model` must not get or lose adapters while a store serves it, got a {type(now).__name__} at "
-            f"{mount.module_name}. Close the store first."
-        )
-    setattr(mount.parent, mount.child, mount.layer)
-    if mount.needs_frame_lengths and mount.layer.frame_lengths is None:
-        lengths = FrameLengths()
-        lengths.follow(model, mount.module_name)
-        mount.layer.frame_lengths = lengths
-
-
-def _take_away(mount: Mount) -> None:
-    if mount.layer.frame_lengths is not None and not mount.layer.needs_frame_lengths:
-        mount.layer.frame_lengths.release()
-        mount.layer.frame_lengths = None
-    setattr(mount.parent, mount.child, mount.original)
-
-
-def _copy_unserved(model: nn.Module) -> nn.Module:
-    """Returns a copy of `model` as it is when no batch of any thread is being served."""
+    Raises:
+        ValueError: As [`inject_empty`].
+    """
     with MOUNTING:
         twin = copy_modules(model)
     remove_empty_layers(twin, SpeechAdapterLayer)
-    return twin
+    names = {id(module): name for name, module in twin.named_modules()}
+    with torch.random.fork_rng(devices=[]):
+        inject_empty(saved, saved.checked_config(), twin, adapter_name)
+    layers = [layer for layer in twin.modules() if adapter_name in getattr(layer, "speech_adapter_blocks", ())]
+    return twin, {names[id(layer if id(layer) in names else layer.base_layer)]: layer for layer in layers}
+
+
+class _SharedTensors(TorchFunctionMode):
+    """Lets a deep copy keep tensors that are no parameters, such as those that hooks hold for modules on a disk."""
+
+    def __torch_function__(self, function, _types, args=(), kwargs=None):
+        if function is torch.Tensor.__deepcopy__:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def copy_modules(model: nn.Module) -> nn.Module:
+    """
+    Returns a copy of `model` with modules of its own and the very same memory for weights.
+
+    What is added, replaced or frozen in it does not show in `model`, which other threads may be running.
+    """
+    memo = {}
+    for parameter in model.parameters():
+        is_plain = type(parameter) is nn.Parameter  # those of quantised layers hold more than a tensor
+        own = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad) if is_plain else parameter
+        memo[id(parameter)] = own
+    with _SharedTensors():
+        return copy.deepcopy(model, memo)
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """Returns the module of this name, past layers that stand there only while a batch is served."""
+    module = model
+    for part in name.split(".") if name else ():
+        module = getattr(module, part)
+        while is_empty_layer(module, SpeechAdapterLayer):
+            module = module.base_layer
+    return module
 
 
 def _describe_config(saved: SavedAdapter) -> str:
-    """What adapters that fit into one table have in common."""
+    """What adapters with the same modules have in common."""
     settings = {key: value for key, value in saved.config.to_dict().items() if key not in FREE_ENTRIES}
     return json.dumps(settings, sort_keys=True, default=sorted)

@@ -18,8 +18,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 )
 
-from .adapter_loading import load_speech_adapter
-from .adapters import SpeechAdapterConfig, adapter_rows, save_adapter
+from .adapter_files import save_adapter
+from .adapters import SpeechAdapterConfig, adapter_rows, load_speech_adapter
 from .configuration_audio_lm import AudioLMConfig
 from .configuration_deepspeech2 import DeepSpeech2Config
 from .configuration_echostream import EchoStreamConfig

@@ -1,107 +1,15 @@
 """The parts of a speech adapter that train: small maps from a module's input or output to a change of its output."""
 
-import hashlib
-from collections import deque
+import math
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapter_config import RESIDUAL_KINDS, SpeechAdapterConfig
-from .adapter_transformer import TransformerBlock
 
-# Chances are counted in so many parts: one random byte decides about one value.
-CHANCES = 256
-# Calls between two seeds that gradient checkpointing can run again.
-MAX_REPEATABLE = 1024
-CALL_STRIDE = 0x9E3779B97F4A7C15  # odd and far from small numbers, so that no two calls of a training share a seed
 # Module under which a model keeps its adapters by name.
 NAMED_BLOCKS = "speech_adapter_blocks"
-
-
-class AdapterDropout(nn.Dropout):
-    """
-    Dropout whose masks cost a byte of randomness a value on a CPU, and that `seed_dropout` makes repeatable.
-
-    There, the chance to keep a value is rounded to 256ths, at least one; what is kept is scaled by its exact inverse.
-    Unseeded, the masks come from torch's global generator. Seeded, a mask depends on the seed, the number of calls
-    since then and the number of values; a call that gradient checkpointing runs again has the mask that it had.
-    """
-
-    seed: int | None = None
-    num_calls = 0  # since the seed was given
-
-    def reseed(self, seed: int) -> None:
-        """Lets the masks to come depend on `seed` and the number of values alone."""
-        self.seed, self.num_calls = seed, 0
-        self.repeatable: deque[tuple[int, torch.Tensor]] = deque(
-            maxlen=MAX_REPEATABLE
-        )  # calls and sums of their input
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return hidden_states
-        device = hidden_states.device
-        generator = None if self.seed is None else self._make_generator(hidden_states.detach())
-        if device.type == "cpu":
-            return self._drop_by_bytes(hidden_states, generator)
-        if generator is None:
-            return nn.functional.dropout(hidden_states, self.p)
-        is_kept = torch.rand(hidden_states.shape, device=device, generator=generator) >= self.p
-        return hidden_states * is_kept / (1 - self.p)
-
-    def _make_generator(self, hidden_states: torch.Tensor) -> torch.Generator:
-        if torch._C._current_graph_task_id() != -1:  # within a backward pass
-            call = self._find_call(hidden_states.sum())
-        else:
-            call = self.num_calls
-            self.num_calls += 1
-            if _may_be_repeated():
-                self.repeatable.append((call, hidden_states.sum()))
-        seed = (self.seed + call * CALL_STRIDE) % 2**63
-        return torch.Generator(hidden_states.device).manual_seed(seed)
-
-    def _find_call(self, total: torch.Tensor) -> int:
-        calls = [call for call, other in self.repeatable if torch.equal(other, total)]
-        if len(calls) == 1 or (calls and not total):
-            return calls[0]
-        raise ValueError(
-            f"`gradient_checkpointing` must run a call again whose input no other call had, got {len(calls)} calls of "
-            "an adapter's dropout with that input. Turn checkpointing off, or give each call its own."
-        )
-
-    def _drop_by_bytes(self, hidden_states: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        kept = max(1, round(CHANCES * (1 - self.p)))
-        words = torch.empty(-(-hidden_states.numel() // 8), dtype=torch.int64)
-        chances = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
-        is_kept = chances[: hidden_states.numel()].view(hidden_states.shape) < kept
-        # Values times mask times scale in one pass, with a gradient of its own.
-        return torch.ops.aten.native_dropout_backward(hidden_states, is_kept, CHANCES / kept)
-
-
-def _may_be_repeated() -> bool:
-    """Whether this call may be within gradient checkpointing, which asks for tensors its own way or for none."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def seed_dropout(model: nn.Module, seed: int) -> None:
-    """
-    Reseeds every [`AdapterDropout`] in `model`, each of an adapter's differently.
-
-    A dropout's seed depends on how many of the same adapter stand before it and not on the adapter's name: an adapter
-    draws the same masks alone and among others.
-
-    Args:
-        model: A model with adapters, or one adapter's blocks.
-        seed: Of all of them.
-    """
-    num_before: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterDropout):
-            _, _, below = name.rpartition(f"{NAMED_BLOCKS}.")
-            adapter = below.split(".")[0] if f"{NAMED_BLOCKS}." in name else ""
-            position = num_before[adapter] = num_before.get(adapter, -1) + 1
-            digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
-            module.reseed(int.from_bytes(digest, "big") >> 1)
 
 
 class MLPBlock(nn.Sequential):
@@ -110,13 +18,12 @@ class MLPBlock(nn.Sequential):
     def __init__(self, in_features: int, out_features: int, config: SpeechAdapterConfig):
         layers: list[nn.Module] = []
         for size in config.hidden_sizes:
-            layers += [nn.Linear(in_features, size), nn.ReLU(), AdapterDropout(config.dropout)]
+            layers += [nn.Linear(in_features, size), nn.ReLU(), nn.Dropout(config.dropout)]
             in_features = size
         super().__init__(*layers, nn.Linear(in_features, out_features))
         self.kind = config.kind
         if config.kind == "mlp":
-            nn.init.zeros_(self[-1].weight)
-            nn.init.zeros_(self[-1].bias)
+            _zero(self.last_layer)
 
     @property
     def last_layer(self) -> nn.Module:
@@ -129,21 +36,177 @@ class BottleneckBlock(nn.Sequential):
 
     def __init__(self, out_features: int, config: SpeechAdapterConfig):
         size = config.hidden_sizes[0]
-        super().__init__(
-            nn.LayerNorm(out_features),
-            nn.Linear(out_features, size),
-            nn.ReLU(),
-            AdapterDropout(config.dropout),
-            nn.Linear(size, out_features),
-        )
+        down = [nn.LayerNorm(out_features), nn.Linear(out_features, size), nn.ReLU(), nn.Dropout(config.dropout)]
+        super().__init__(*down, nn.Linear(size, out_features))
         self.kind = config.kind
-        nn.init.zeros_(self[-1].weight)
-        nn.init.zeros_(self[-1].bias)
+        _zero(self.last_layer)
 
     @property
     def last_layer(self) -> nn.Module:
         """The layer that is zero at the start of a residual adapter."""
         return self[-1]
+
+
+def _zero(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def make_positions(num_frames: int, width: int, device: torch.device) -> torch.Tensor:
+    """
+    Returns sines and cosines `(frames, width)` that tell frames apart; made anew for each batch, never stored.
+
+    Source: Vaswani et al. (arXiv 1706.03762), section 3.5; sines in the first half of the channels as in Whisper.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling.adapter_blocks import make_positions
+
+    >>> make_positions(2, 4, torch.device("cpu"))
+    tensor([[0.0000, 0.0000, 1.0000, 1.0000],
+            [0.8415, 0.0100, 0.5403, 0.9999]])
+
+    ```
+    """
+    half = (width + 1) // 2
+    rates = torch.exp(torch.arange(half, device=device, dtype=torch.float32) * (-math.log(10_000) / half))
+    angles = torch.arange(num_frames, device=device, dtype=torch.float32).unsqueeze(1) * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+
+
+class TransformerLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + ffn(norm(x)): `(batch, frames, hidden)` to the same."""
+
+    def __init__(self, width: int, config: SpeechAdapterConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attention_output = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, config.ffn_size),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.ffn_size, width),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout = config.dropout
+
+    def forward(self, hidden_states: torch.Tensor, is_frame: torch.Tensor | None = None) -> torch.Tensor:
+        """`is_frame` `(batch, frames)` is true where there is no padding."""
+        hidden_states = hidden_states + self.dropout(self._attend(self.attention_norm(hidden_states), is_frame))
+        return hidden_states + self.dropout(self.ffn(self.ffn_norm(hidden_states)))
+
+    def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """Returns query, key and value `(3, batch, heads, frames, width / heads)` of projected frames."""
+        batch, frames = projected.shape[:2]
+        return projected.view(batch, frames, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def _attend(self, hidden_states: torch.Tensor, is_frame: torch.Tensor | None) -> torch.Tensor:
+        query, key, value = self.split_heads(self.query_key_value(hidden_states))
+        mask = None if is_frame is None else is_frame[:, None, None]  # (batch, 1, 1, frames): for every query
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return self.attention_output(attended.transpose(1, 2).reshape(hidden_states.shape))
+
+
+class TransformerBlock(nn.Module):
+    """
+    Residual branch of the transformer kind: `(batch, frames, hidden)` to the change of each frame.
+
+        scale * gate(x) * norm(linear(layers(x + positions)))
+
+    At the start the output norm's weight and bias are zero and nothing else is: the change is zero, bit for bit, and
+    the first step's gradient reaches the norm. From the second step on it reaches every part. A zero scale as well
+    would stop it for good.
+
+        preset        layers  heads  FFN   dropout  gate  parameters at width 1280   of the original
+        lightweight   1       4      1024  .1       no    10,829,825                  9,187,585
+        standard      2       8      2048  .1       yes   26,902,017                 30,742,017
+        heavy         4       16     4096  .15      yes   71,501,825                 75,341,825
+
+    The original learns a table of 3000 positions (3,840,000 parameters), where these are sines and cosines, and its
+    lightweight has neither positions nor output projection and norm (1,642,240). Everything else is alike.
+
+    Args:
+        width: Of the frames (`hidden`).
+        config: Of kind `"transformer"`.
+
+    Raises:
+        ValueError: The heads do not divide the width.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling import SpeechAdapterConfig
+    >>> from modeling.adapter_blocks import TransformerBlock
+
+    >>> with torch.device("meta"):
+    ...     block = TransformerBlock(1280, SpeechAdapterConfig(kind="transformer", preset="lightweight"))
+    >>> sum(parameter.numel() for parameter in block.parameters())
+    10829825
+
+    ```
+    """
+
+    kind = "transformer"
+
+    def __init__(self, width: int, config: SpeechAdapterConfig):
+        super().__init__()
+        if width % config.num_heads:
+            raise ValueError(
+                f"`num_heads` must divide the width of the wrapped module, {width}, got {config.num_heads}. Choose "
+                "another number of heads."
+            )
+        self.use_positions = config.use_positions
+        self.layers = nn.ModuleList(TransformerLayer(width, config) for _ in range(config.num_layers))
+        self.output = nn.Linear(width, width)
+        self.output_norm = nn.LayerNorm(width)
+        self.gate = nn.Linear(width, width) if config.use_gate else None
+        self.scale = nn.Parameter(torch.full((1,), float(config.scale_init)))
+        _zero(self.output_norm)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer that is zero at the start."""
+        return self.output_norm
+
+    def forward(self, hidden_states: torch.Tensor, frame_lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Returns the change that belongs to each frame; zero where there is padding, which no frame looks at either.
+
+        Args:
+            hidden_states: Frames `(batch, frames, hidden)`, in the block's own precision.
+            frame_lengths: Frames that are no padding, `(batch,)`. Default: all.
+        """
+        num_frames, width = hidden_states.shape[1:]
+        is_frame = _find_frames(frame_lengths, num_frames, hidden_states.device)
+        states = hidden_states
+        if self.use_positions:
+            states = states + make_positions(num_frames, width, states.device).to(states.dtype)
+        if self.layers[0].gradient_checkpointing and torch.is_grad_enabled():
+            # Reentrant checkpointing gives no gradient behind inputs that need none, and a frozen tower's need none.
+            states = states if states.requires_grad else states.detach().requires_grad_()
+        for layer in self.layers:
+            states = layer(states, is_frame)
+        change = self.output_norm(self.output(states))
+        change = self.scale * (change if self.gate is None else torch.sigmoid(self.gate(hidden_states)) * change)
+        return change if is_frame is None else change.masked_fill(~is_frame.unsqueeze(-1), 0)
+
+
+def _find_frames(frame_lengths: torch.Tensor | None, num_frames: int, device: torch.device) -> torch.Tensor | None:
+    """True for frames `(batch, frames)`, or `None` where there is no padding: attention without a mask is faster."""
+    if frame_lengths is None:
+        return None
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # what is traced must hold for all lengths
+    if not is_traced and bool((frame_lengths >= num_frames).all()):
+        return None
+    lengths = frame_lengths.to(device).clamp(min=1)  # attention needs a frame to look at, even in an empty row
+    return torch.arange(num_frames, device=device) < lengths.unsqueeze(1)
 
 
 def find_widths(module: nn.Module) -> tuple[int | None, int | None]:

@@ -1,11 +1,16 @@
-"""What a speech adapter is: its kind, its sizes, the modules that it wraps."""
+"""What a speech adapter is: its kind, its sizes, and the modules that it wraps, found in bounded time."""
 
 import math
 import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import regex
 from peft import PeftConfig
 from peft.utils import PeftType
+from torch import nn
 
 KINDS = ("mlp", "bottleneck", "replacement", "transformer")
 DEFAULT_HIDDEN_SIZES = {"mlp": [512, 256], "replacement": [512, 256], "bottleneck": [64]}
@@ -36,6 +41,17 @@ TRANSFORMER_FIELDS = ("preset", *(name for name in TRANSFORMER_DEFAULTS if name 
 MAX_LAYERS = 64
 MAX_SHOWN = 300  # characters of a value in a message
 DEFAULT_DROPOUT = 0.1
+
+# Entries of configurations that PEFT matches as keys or in a list: there a regular expression may repeat single
+# characters only, at most twice, and takes at most quadratic time. Others are matched by `regex`, with a time limit.
+KEY_ENTRIES = ("layers_pattern", "rank_pattern", "alpha_pattern")
+REPEATING = re.compile(r"[*+?{]")
+REPEATED_GROUP = re.compile(r"\)[*+?{]")
+MAX_REPEATS = 2
+COUNTS = re.compile(r"\{(\d*),?(\d*)\}")
+MAX_COUNTS = 1_000
+MAX_PATTERN = 10_000  # characters
+PATTERN_SECONDS = 5  # for all names together
 
 
 def extend_peft_types(name: str) -> PeftType:
@@ -74,7 +90,7 @@ class SpeechAdapterConfig(PeftConfig):
         dropout: Dropout after every hidden layer while training; of a transformer also on its attention. Default: .1,
             or the preset's.
         preset: Sizes of a transformer, `"lightweight"`, `"standard"` or `"heavy"`; fields that are given win. Default:
-            those of `"standard"`. The table in `adapter_transformer.py` has them and the numbers of parameters.
+            those of `"standard"`. The table in `adapter_blocks.py` has them and the numbers of parameters.
         num_layers: Layers of a transformer.
         num_heads: Heads of its attention; they divide the width of the wrapped module.
         ffn_size: Width inside its feed-forward parts.
@@ -206,11 +222,94 @@ def check_module_names(argument: str, names: object) -> None:
 
     ```
     """
-    try:
-        is_legal = names is None or (isinstance(names, str) and re.compile(names))
-    except (re.error, RecursionError, OverflowError) as error:
-        shown = repr(names)[:MAX_SHOWN]
-        raise ValueError(f"`{argument}` must be names or a regular expression, got {shown} ({error}).") from error
-    is_list = isinstance(names, (list, set, tuple)) and all(isinstance(name, str) for name in names)
-    if not is_legal and not is_list:
+    if isinstance(names, str):
+        _check_valid(argument, names)
+    elif names is not None and not (
+        isinstance(names, (list, set, tuple)) and all(isinstance(name, str) for name in names)
+    ):
         raise ValueError(f"`{argument}` must be names or a regular expression, got {repr(names)[:MAX_SHOWN]}.")
+
+
+def _check_valid(entry: str, pattern: str) -> None:
+    try:
+        if len(pattern) > MAX_PATTERN:
+            raise OverflowError(f"{len(pattern)} characters")
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise _invalid(entry, pattern, error) from error
+
+
+def _invalid(entry: str, pattern: str, error: Exception) -> ValueError:
+    return ValueError(f"`{entry}` must be names or a regular expression, got {pattern!r:.{MAX_SHOWN}} ({error}).")
+
+
+@contextmanager
+def bounded_patterns(config: PeftConfig, model: nn.Module) -> Iterator[None]:
+    """
+    Inside, the patterns of `config` take PEFT no longer than their length says, and match what they matched before.
+
+    Python's `re`, with which PEFT matches, can take for ever and has no time limit; `regex` has one. It finds the
+    names that a pattern means, and PEFT gets these names in its place.
+
+    Raises:
+        ValueError: A pattern is invalid, takes too long, is not simple where only a simple one may be, or
+            `target_modules` matches nothing.
+    """
+    for entry in KEY_ENTRIES:
+        value = getattr(config, entry, None)
+        for pattern in [value] if isinstance(value, str) else map(str, value or ()):
+            _check_valid(entry, pattern)
+            if not _is_simple(pattern):
+                raise ValueError(
+                    f"`{entry}` must repeat single characters only, at most {MAX_REPEATS} times, got "
+                    f"{pattern!r:.{MAX_SHOWN}}. Name the modules."
+                )
+    before, names = {}, [name for name, _ in model.named_modules() if name]
+    try:
+        for entry in ("target_modules", "exclude_modules"):
+            if not isinstance(pattern := getattr(config, entry, None), str):
+                continue
+            _check_valid(entry, pattern)
+            if not _is_simple(pattern):
+                matched, before[entry] = match_names(entry, pattern, names), pattern
+                setattr(config, entry, "|".join(map(re.escape, matched)) or None)
+                if entry == "target_modules" and not matched:
+                    raise ValueError(f"`{entry}` must match a module of the model, got {pattern!r:.{MAX_SHOWN}}.")
+        yield
+    finally:
+        for entry, pattern in before.items():
+            setattr(config, entry, pattern)
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether a valid regular expression cannot take more than quadratic time."""
+    return len(REPEATING.findall(pattern)) <= MAX_REPEATS and not REPEATED_GROUP.search(pattern)
+
+
+def match_names(entry: str, pattern: str, names: Sequence[str]) -> list[str]:
+    """
+    Returns the names that a regular expression matches as a whole.
+
+    Args:
+        entry: What it is in a configuration, for messages.
+        pattern: The regular expression.
+        names: Names of modules.
+
+    Raises:
+        ValueError: It is invalid, takes longer than `PATTERN_SECONDS`, or counts too far.
+    """
+    _check_valid(entry, pattern)
+    counts = [max(1, *(int(count or 0) for count in pair)) for pair in COUNTS.findall(pattern)]
+    if math.prod(counts) > MAX_COUNTS:  # one in the other, they are written out before the time begins to count
+        raise ValueError(f"`{entry}` must not count to more than {MAX_COUNTS} in braces, got {pattern!r:.200}.")
+    end = time.monotonic() + PATTERN_SECONDS
+    try:
+        compiled = regex.compile(pattern)
+        return [name for name in names if compiled.fullmatch(name, timeout=max(end - time.monotonic(), 1e-3))]
+    except TimeoutError as error:
+        raise ValueError(
+            f"`{entry}` must be matched in {PATTERN_SECONDS} seconds, got {pattern!r:.200}. Name the modules, or "
+            "repeat single characters only."
+        ) from error
+    except (regex.error, RecursionError, OverflowError) as error:  # there are expressions that `re` alone takes
+        raise _invalid(entry, pattern, error) from error

@@ -13,6 +13,8 @@ At position "before", a bottleneck or transformer changes x and not y: base(x + 
 (after the encoder) and Qwen2-Audio (before the projector) have defaults.
 """
 
+import ast
+import hashlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,39 +26,34 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
-from transformers import ProcessorMixin
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from .active_adapters import (
+from .adapter_config import (
+    BEFORE_DEFAULT_TARGETS,
+    DEFAULT_TARGETS,
+    RESIDUAL_KINDS,
+    SPEECH_ADAPTER,
+    SpeechAdapterConfig,
+    bounded_patterns,
+)
+from .adapter_layer import (
     BASE,
+    FrameLengths,
+    SpeechAdapterLayer,
     adapter_rows,
     adapters_off,
     check_adapter_name,
     find_active_adapters,
     find_adapter_layers,
     is_adapter_parameter,
+    remove_empty_layers,
 )
-from .adapter_code import check_same_code, save_adapter_code
-from .adapter_config import (
-    BEFORE_DEFAULT_TARGETS,
-    DEFAULT_TARGETS,
-    KINDS,
-    RESIDUAL_KINDS,
-    SPEECH_ADAPTER,
-    SpeechAdapterConfig,
-)
-from .adapter_files import ADAPTER_WEIGHTS_NAME, locate_base, name_on_disk, save_adapter
-from .adapter_layer import SpeechAdapterLayer
-from .adapter_loading import load_speech_adapter
-from .base_weights import WRAPPER_NAMES
-from .fingerprint import check_fingerprints, find_version, fingerprint_base
-from .frame_lengths import FrameLengths
-from .module_patterns import bounded_patterns
-from .module_places import remove_empty_layers
+from .adapter_loading import ADAPTER_WEIGHTS_NAME, load_speech_adapter, locate_base, name_on_disk
+from .fingerprint import WRAPPER_NAMES, check_fingerprints, find_version, fingerprint_base
 
 __all__ = [
     "ADAPTER_WEIGHTS_NAME",
     "BASE",
-    "KINDS",
     "SPEECH_ADAPTER",
     "SpeechAdapterConfig",
     "SpeechAdapterLayer",
@@ -66,12 +63,11 @@ __all__ = [
     "adapters_off",
     "check_adapter_name",
     "find_active_adapters",
+    "find_adapter_code",
     "find_adapter_layers",
     "is_adapter_parameter",
     "load_speech_adapter",
     "name_on_disk",
-    "save_adapter",
-    "save_adapter_code",
 ]
 
 
@@ -168,16 +164,6 @@ class SpeechAdapterModel(BaseTuner):
 class SpeechAdapterMixin:
     """What transformers' own verbs lack; stands before `PreTrainedModel` in a model's bases."""
 
-    def save_adapter(
-        self,
-        save_directory: str | Path,
-        adapter_name: str | None = None,
-        *,
-        processor: ProcessorMixin | None = None,
-    ) -> None:
-        """As [`save_adapter`]."""
-        save_adapter(self, save_directory, adapter_name, processor=processor)
-
     def adapter_rows(self, adapter_names: Sequence[str] | None):
         """As [`adapter_rows`]."""
         return adapter_rows(self, adapter_names)
@@ -224,6 +210,40 @@ class SpeechAdapterMixin:
     def active_adapters(self) -> list[str]:
         """Names of the active adapters; none where no adapter was ever added."""
         return super().active_adapters() if self._hf_peft_config_loaded else []
+
+
+def find_adapter_code(folder: str | Path = Path(__file__).parent) -> list[Path]:
+    """Returns the files in `folder` that travel with an adapter. Default: of this code, wherever it runs from."""
+    entry = Path(folder) / "adapters.py"
+    return [entry, *map(Path, sorted(get_relative_import_files(entry)))]
+
+
+def find_code_version(folder: str | Path) -> str:
+    """Returns 16 hexadecimal digits over what the adapters' code in `folder` does; comments and docstrings aside."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in find_adapter_code(folder):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        digest.update(f"{path.name}\0{ast.dump(tree)}\0".encode())
+    return digest.hexdigest()
+
+
+def check_same_code(first: str) -> None:
+    """
+    Makes sure that this code is that of the file `first`, which has registered the adapters in this process.
+
+    Raises:
+        ImportError: It does something else: adapters of one would run on the other.
+    """
+    folders = [Path(first).parent, Path(__file__).parent]
+    versions = [find_code_version(folder) for folder in dict.fromkeys(folders)]
+    if len(set(versions)) > 1:
+        raise ImportError(
+            f"The code of adapters must be of one version in a process, got {versions[1]} in {folders[1]} after "
+            f"{versions[0]} in {folders[0]}. Use a process for each, or push both repositories with one version."
+        )
 
 
 # This file may be imported twice, from the repository and as code from the Hub: the classes of the first import win,

@@ -27,9 +27,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from .active_adapters import is_adapter_parameter
-from .adapter_files import ADAPTER_WEIGHTS_NAME, locate_base, save_adapter
-from .adapter_loading import load_speech_adapter
+from .adapter_files import save_adapter
+from .adapter_layer import is_adapter_parameter
+from .adapter_loading import ADAPTER_WEIGHTS_NAME, load_speech_adapter, locate_base
 from .audio_encoders import find_max_inputs, make_encoder
 from .audio_lm_modes import PROJECTOR, find_side, name_part, share_adapters
 from .audio_lm_sides import (
@@ -41,9 +41,8 @@ from .audio_lm_sides import (
     load_language_model,
     load_tokenizer,
 )
-from .base_weights import WRAPPER_NAMES, list_base_weights
 from .files import find_whole, reading, write_whole
-from .fingerprint import fingerprint_base, list_differences
+from .fingerprint import WRAPPER_NAMES, fingerprint_base, list_base_weights, list_differences
 
 MANIFEST_NAME = "audio_lm.json"
 VERSION = 1

@@ -1,4 +1,4 @@
-"""Atomic writes: files are written beside their place and moved into it, all of them or none."""
+"""Atomic writes: files are written beside their place and moved into it, all of them or none. They do not travel."""
 
 import os
 import shutil
@@ -8,16 +8,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None
+from .adapter_loading import MARK_NAME, PENDING_FOLDER, fcntl, find_pending, find_whole, locked, make_mark, reading
 
-# Complete files on their way into the folder above; they count as being there already.
-PENDING_FOLDER = ".moving"
+__all__ = ["find_whole", "list_whole", "make_scratch", "move_folder", "reading", "write_text", "write_whole"]
+
 SCRATCH_PREFIX = ".writing-"
-# Holds the inode of the folder that it is in: whatever else has such a name, our writer did not leave it here.
-MARK_NAME = ".journal"
 
 
 @contextmanager
@@ -44,7 +39,7 @@ def write_whole(folder: str | Path) -> Iterator[Path]:
     with make_scratch(folder) as scratch:
         yield scratch
         _complete(scratch, scratch)
-        with _locked(folder):
+        with locked(folder):
             _finish_moving(folder)
             shutil.copymode(folder, scratch)  # whoever may read the folder may read the files that move
             os.rename(scratch, folder / PENDING_FOLDER)
@@ -58,12 +53,12 @@ def make_scratch(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with _locked(folder):
+        with locked(folder):
             _remove_stale(folder)
             scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=folder))
             stack.callback(_remove_scratch, scratch)
-            (scratch / MARK_NAME).write_bytes(_mark(scratch))
-            stack.enter_context(_locked(scratch / MARK_NAME))  # tells others that its writer lives
+            (scratch / MARK_NAME).write_bytes(make_mark(scratch))
+            stack.enter_context(locked(scratch / MARK_NAME))  # tells others that its writer lives
         yield scratch
 
 
@@ -113,24 +108,6 @@ def _is_replaceable(path: Path) -> bool:
     return path.is_file() and not is_stream
 
 
-@contextmanager
-def reading(folder: str | Path) -> Iterator[None]:
-    """Keeps other processes from committing files to `folder` meanwhile, where the file system has locks."""
-    with _locked(Path(folder), is_shared=True):
-        yield
-
-
-def find_whole(folder: str | Path, name: str) -> Path:
-    """
-    Returns where the newest whole file `name` of `folder` is, or where it would be if there is none; moves nothing.
-
-    Raises:
-        ValueError: `folder` has files on their way that [`write_whole`] did not leave there, such as a link.
-    """
-    pending = _find_pending(Path(folder))
-    return pending / name if pending and (pending / name).exists() else Path(folder) / name
-
-
 def list_whole(folder: str | Path) -> list[str]:
     """
     Returns the sorted names of the files in `folder`, those on their way among them; no hidden ones.
@@ -138,44 +115,14 @@ def list_whole(folder: str | Path) -> list[str]:
     Raises:
         ValueError: As [`find_whole`].
     """
-    places = [Path(folder), *filter(None, [_find_pending(Path(folder))])]
+    places = [Path(folder), *filter(None, [find_pending(Path(folder))])]
     return sorted({path.name for place in places for path in place.glob("[!.]*") if path.is_file()})
 
 
 def remove_stale_scratch(folder: str | Path) -> None:
     """Removes what killed writers of `folder` have left half-written."""
-    with suppress(FileNotFoundError), _locked(Path(folder)):
+    with suppress(FileNotFoundError), locked(Path(folder)):
         _remove_stale(Path(folder))
-
-
-def _find_pending(folder: Path) -> Path | None:
-    pending = folder / PENDING_FOLDER
-    try:
-        is_ours = _is_ours(pending)
-    except (FileNotFoundError, NotADirectoryError):  # there is nothing, or somebody has just finished
-        return None
-    if not is_ours:
-        raise ValueError(
-            f"`folder` must not hold {PENDING_FOLDER}, which no writer of this machine left there, got {pending}. "
-            "Remove it, or move its files where they belong."
-        )
-    return pending
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a writer has made this very folder: a copy, a link or a download has another inode than its mark."""
-    status = os.lstat(folder)
-    if not stat.S_ISDIR(status.st_mode):
-        return False
-    names = os.listdir(folder)
-    if not names:  # made and not yet marked, or all moved
-        return True
-    is_marked = MARK_NAME in names and all(stat.S_ISREG(os.lstat(folder / name).st_mode) for name in names)
-    return is_marked and (folder / MARK_NAME).read_bytes() == _mark(folder)
-
-
-def _mark(folder: Path) -> bytes:
-    return f"{os.lstat(folder).st_ino}\n".encode()
 
 
 def _remove_stale(folder: Path) -> None:
@@ -184,8 +131,8 @@ def _remove_stale(folder: Path) -> None:
             continue
         mark = scratch / MARK_NAME
         is_empty = set(os.listdir(scratch)) <= {MARK_NAME}
-        if is_empty or (mark.is_file() and mark.read_bytes() == _mark(scratch)):
-            with suppress(BlockingIOError), _locked(mark, is_waiting=False):
+        if is_empty or (mark.is_file() and mark.read_bytes() == make_mark(scratch)):
+            with suppress(BlockingIOError), locked(mark, is_waiting=False):
                 _remove_scratch(scratch)
 
 
@@ -224,7 +171,7 @@ def _sync(folder: Path) -> None:
 
 def _finish_moving(folder: Path) -> None:
     """Moves the files into `folder` that a killed writer has left to move."""
-    pending = _find_pending(folder)
+    pending = find_pending(folder)
     if not pending:
         return
     for path in sorted(pending.iterdir()):
@@ -233,27 +180,3 @@ def _finish_moving(folder: Path) -> None:
     _sync(folder)
     (pending / MARK_NAME).unlink(missing_ok=True)
     pending.rmdir()
-
-
-@contextmanager
-def _locked(path: Path, *, is_shared: bool = False, is_waiting: bool = True) -> Iterator[None]:
-    """
-    Locks a file or a folder against others for as long as this process lives; leaves no file.
-
-    It goes on without where there is nothing to lock, or the file system has no locks.
-
-    Raises:
-        BlockingIOError: Another has the lock, and `is_waiting` is false.
-    """
-    with ExitStack() as stack:
-        try:
-            if fcntl:
-                file = os.open(path, os.O_RDONLY)
-                stack.callback(os.close, file)
-                kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
-                fcntl.flock(file, kind if is_waiting else kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass
-        yield

@@ -16,8 +16,9 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from modeling.adapter_transformer import AdapterMaps, TransformerBlock
+from modeling.adapter_blocks import TransformerBlock
 from modeling.files import write_whole
+from publishing.adapter_maps import AdapterMaps, record_maps
 from publishing.pictures import as_written, escape_control, save_figure, shorten_name
 from publishing.report import RATE_LABELS
 
@@ -139,7 +140,7 @@ class DomainReportCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, _args, _state, _control, *, model, **_kwargs) -> None:
         """Begins to record gates; not before, because an evaluation would leave all of its gates in memory."""
         self._recordings = {
-            name: self._open.enter_context(block.record_maps(with_attention=False))
+            name: self._open.enter_context(record_maps(block, with_attention=False))
             for name, block in find_transformer_blocks(_find_adapted(model)).items()
         }
 
@@ -252,7 +253,7 @@ def draw_clip_maps(
     rows = []
     for name, block in list(find_transformer_blocks(_find_adapted(model)).items())[:1]:
         for number, (clip, features) in enumerate(clips.items()):
-            with torch.inference_mode(), block.record_maps() as maps:
+            with torch.inference_mode(), record_maps(block) as maps:
                 run(features.unsqueeze(0))
             picture = PICTURE_NAME.format(f"maps_{number}")
             draw_maps(

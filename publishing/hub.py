@@ -23,7 +23,7 @@ from transformers.tokenization_utils_base import (
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
 import modeling
-from modeling.adapter_code import find_adapter_code
+from modeling.adapters import find_adapter_code
 from modeling.files import find_whole, list_whole
 from publishing.card import (
     CARD_NAME,

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 from data.ldv import LDVChannel
 from data.prompts import make_prompt
 from inference.audio_models import find_family, find_tower
-from modeling.adapters import save_adapter
+from modeling.adapter_files import save_adapter
 from modeling.files import write_whole
 from publishing.card import CardArguments
 from publishing.domain_report import DomainReportCallback

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from modeling.adapter_files import SavedAdapter
+    from modeling.adapter_loading import SavedAdapter
 
 # `list` answers at once: what needs torch is imported by the commands that need it.
 CONFIG_NAME = "adapter_config.json"
@@ -155,7 +155,7 @@ def merge_adapters(folders: Sequence[Path], output_dir: Path, weights: Sequence[
     import torch
     from safetensors.torch import save
 
-    from modeling.adapter_files import read_adapter
+    from modeling.adapter_loading import read_adapter
     from modeling.adapters import check_adapter_name
     from modeling.files import write_whole
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, EarlyStoppi
 
 from data.augmentation import RecipeAugmentation
 from data.text import set_language
-from modeling.adapter_files import read_adapter
+from modeling.adapter_loading import read_adapter
 from modeling.adapters import adapters_off, is_adapter_parameter
 from modeling.whole_models import load_whole
 from publishing.card import CardArguments

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audio_lm_models import save_bases
 from serving import write_adapter
 from transformers import Trainer, Wav2Vec2CTCTokenizer
 
@@ -29,7 +28,7 @@ from modeling import (
     DeepSpeech2Processor,
     SpeechAdapterConfig,
 )
-from modeling.adapters import save_adapter
+from modeling.adapter_files import save_adapter
 from recipes.train_ctc import main as train_ctc_main
 
 ROOT = Path(__file__).parents[1]
@@ -214,9 +213,3 @@ def small_base(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> 
         "--output_dir", folder,
     )  # fmt: skip
     return folder
-
-
-@pytest.fixture(scope="session")
-def audio_lm_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of tiny encoders and language models, by family."""
-    return save_bases(tmp_path_factory.mktemp("audio_lm_bases"))

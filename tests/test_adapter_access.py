@@ -5,7 +5,7 @@ from huggingface_hub import HfApi
 from minihub import MiniHub
 from test_hub import connect, download_from
 
-from modeling.adapter_files import read_adapter
+from modeling.adapter_loading import read_adapter
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
-from modeling.adapter_files import describe_adapter, read_adapter
+from modeling.adapter_files import describe_adapter
+from modeling.adapter_loading import read_adapter
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, name_on_disk
 
 

@@ -11,10 +11,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save
 from serving import BIAS, CONFIG_NAME, logits_loaded, logits_served, write_adapter
 
-from inference.adapter_store import MAX_TABLES, AdapterStore, list_adapter_names, locate_adapter
-from inference.adapter_table import _describe as describe
+from inference.adapter_store import AdapterStore, list_adapter_names, locate_adapter, stat_files
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, load_speech_adapter, save_adapter
-from modeling.adapter_files import read_adapter
+from modeling.adapter_loading import read_adapter
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, BASE
 from modeling.files import PENDING_FOLDER
 from publishing.hub import HubTarget, collect_files
@@ -180,14 +179,17 @@ def test_an_adapter_of_another_method_is_refused(tiny_model, tmp_path):
         AdapterStore(tiny_model, tmp_path).activate("low")
 
 
-def test_more_configurations_than_tables_are_refused_by_name(tiny_model, tiny_base, tmp_path):
-    for size in range(1, MAX_TABLES + 2):
+def test_any_number_of_configurations_shares_the_memory(tiny_model, tiny_base, five_rows, tmp_path):
+    for size in range(1, 11):
         write_adapter(tiny_base, tmp_path / f"size_{size}", size, kind="mlp", hidden_sizes=[size])
-    store = AdapterStore(tiny_model, tmp_path)
-    for size in range(1, MAX_TABLES + 1):
-        store.activate(f"size_{size}")
-    with pytest.raises(ValueError, match=r"at most 8 configurations, got another one in .*size_9"):
-        store.activate("size_9")
+    store = AdapterStore(tiny_model, tmp_path, capacity=3)
+    for size in (*range(1, 11), 1):
+        blocks = store.activate(f"size_{size}")
+        assert [len(block[0].bias) for block in blocks.values()] == [size]
+    assert store.loaded == ["size_9", "size_10", "size_1"]
+    names = ["size_1", "size_10", BASE, "size_4", "size_1"]
+    expected = logits_loaded(tiny_base, tmp_path, names, five_rows)
+    torch.testing.assert_close(logits_served(store, names, five_rows), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "replacement"])  # alike in their tensors, told apart by the configuration
@@ -265,16 +267,18 @@ def test_weights_that_change_while_they_are_read_are_read_again(
     changed = {name: value.neg() for name, value in load_file(path).items()}
     content, looks = save(changed, metadata={"format": "pt"}), []
 
-    def describe_and_change(status: os.stat_result):
-        looks.append(status.st_ino == path.stat().st_ino)
-        if looks[-1] and looks.count(True) == 2:  # the file has just been opened
-            path.write_bytes(content)
-        return describe(status)
+    def stat_and_change(folder: str):
+        states = stat_files(folder)
+        if folder == str(store_folder / "ann"):
+            looks.append(states)
+            if len(looks) == 1:  # the file is about to be read
+                path.write_bytes(content)
+        return states
 
-    monkeypatch.setattr("inference.adapter_table._describe", describe_and_change)
+    monkeypatch.setattr("inference.adapter_store.stat_files", stat_and_change)
     said = logits_served(store, ["ann"] * 5, five_rows)
 
-    assert looks.count(True) > 2
+    assert len(set(looks)) == 2
     assert torch.equal(said, logits_loaded(tiny_base, store_folder, ["ann"] * 5, five_rows))
 
 

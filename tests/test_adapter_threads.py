@@ -15,6 +15,7 @@ from stock_models import add_trained, configure, find_layer, make_batch, make_wh
 from inference.adapter_store import AdapterStore
 from modeling import SpeechAdapterConfig, adapter_rows, load_speech_adapter
 from modeling.adapters import BASE, adapters_off, find_active_adapters
+from publishing.adapter_maps import record_maps
 from training.frozen_prefix import find_frozen_prefix
 
 NUM_THREADS, NUM_CALLS = 4, 12
@@ -153,7 +154,7 @@ def test_each_thread_has_the_padding_and_the_maps_of_its_own_call():
 
     def answer(thread: int) -> bool:
         mask = (torch.arange(40) < 2 * counts[thread]).long().expand(3, -1)
-        with block.record_maps(with_attention=False) as maps:
+        with record_maps(block, with_attention=False) as maps:
             logits(model, batch | {"attention_mask": mask})
         return [part.frame_lengths.tolist() for part in maps] == [[counts[thread]] * 3]
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from modeling import SpeechAdapterConfig
-from modeling.adapter_blocks import find_widths, make_block
-from modeling.adapter_transformer import TransformerBlock, make_positions
+from modeling.adapter_blocks import TransformerBlock, find_widths, make_block, make_positions
+from publishing.adapter_maps import record_maps
 
 WIDTH = 12
 
@@ -118,7 +118,7 @@ def test_recorded_maps_are_those_of_the_call(frames):
     block = make_trained(num_layers=1)
     lengths = torch.tensor([7, 4, 7])
     layer = block.layers[0]
-    with torch.no_grad(), block.record_maps() as maps:
+    with torch.no_grad(), record_maps(block) as maps:
         change = block(frames, lengths)
         block(frames[:1])
     assert torch.equal(block(frames, lengths), change)
@@ -140,7 +140,7 @@ def test_recorded_maps_are_those_of_the_call(frames):
 
 def test_recording_ends_and_can_leave_the_attention_out(frames):
     block = make_trained(use_gate=False)
-    with block.record_maps(with_attention=False) as maps:
+    with record_maps(block, with_attention=False) as maps:
         block(frames)
     block(frames)
     assert [(part.attentions, part.gates, part.frame_lengths) for part in maps] == [((), None, None)]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling import SpeechAdapterConfig
-from modeling.adapters import save_adapter
+from modeling.adapter_files import save_adapter
 from recipes.manage_adapters import list_adapters, main
 
 WEIGHTS = "adapter_model.safetensors"

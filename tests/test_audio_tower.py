@@ -15,7 +15,8 @@ from transformers import AutoProcessor
 from data.prompts import make_prompt
 from inference.audio_models import find_family, find_tower, load_model
 from modeling import SpeechAdapterConfig
-from modeling.adapters import is_adapter_parameter, load_speech_adapter, save_adapter
+from modeling.adapter_files import save_adapter
+from modeling.adapters import is_adapter_parameter, load_speech_adapter
 from modeling.fingerprint import count_unknown, fingerprint_base, list_differences
 from tests.speech_models import save_base
 from training.audio_tower import add_adapter, apply_block, find_tower_block, load_tower_alone, run_tower, tower_skipped

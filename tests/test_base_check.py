@@ -17,7 +17,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForCon
 
 from inference.decoding import load_recognizer, recognize_batch
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
-from modeling.adapters import save_adapter_code
+from modeling.adapter_files import save_adapter_code
 
 
 @pytest.fixture(scope="module")

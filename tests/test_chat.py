@@ -12,7 +12,8 @@ from data.domain_clips import find_cuts
 from inference.answering import answer, load_chat
 from inference.audio_models import load_model
 from modeling import SpeechAdapterConfig
-from modeling.adapters import is_adapter_parameter, save_adapter
+from modeling.adapter_files import save_adapter
+from modeling.adapters import is_adapter_parameter
 from recipes.chat import flag_question, main
 from tests.speech_models import save_base
 from training.audio_tower import add_adapter

@@ -31,13 +31,9 @@ from transformers import (
 )
 
 from modeling import SpeechAdapterConfig, adapter_rows
-from modeling.adapter_probe import make_probe_inputs
-from modeling.adapters import (
-    BASE,
-    SpeechAdapterLayer,
-    adapters_off,
-    is_adapter_parameter,
-)
+from modeling.adapter_loading import make_probe_inputs
+from modeling.adapters import BASE, SpeechAdapterLayer, adapters_off, is_adapter_parameter
+from publishing.adapter_maps import record_maps
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -108,7 +104,7 @@ def test_gradient_checkpointing_trains_as_training_without_it(model, batch, use_
 def test_the_adapter_gets_the_lengths_of_the_tower_s_frames(model, batch):
     add_trained(model, "ldv", configure())
     layer, expected = find_layer(model), TOWER_LENGTHS[model.config.model_type]
-    with layer.find_block("ldv").record_maps() as maps:
+    with record_maps(layer.find_block("ldv")) as maps:
         logits(model, batch)
         generate(model, batch)
         with adapter_rows(model, ["ldv", BASE, "ldv"]):
@@ -139,7 +135,7 @@ def test_without_a_mask_all_of_whisper_s_frames_count():
     add_trained(model, "ldv", configure())
     inputs = make_batch(model)
     mask = inputs.pop("attention_mask")
-    with find_layer(model).find_block("ldv").record_maps(with_attention=False) as maps:
+    with record_maps(find_layer(model).find_block("ldv"), with_attention=False) as maps:
         unmasked = logits(model, inputs)
         full = logits(model, inputs | {"attention_mask": torch.ones_like(mask)})
         generate(model, inputs)
@@ -237,7 +233,7 @@ def test_copies_and_pickles_work_alone(model, batch):
     expected, hooks = logits(model, batch), count_hooks(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other, batch), expected)
-        with find_layer(other).find_block("ldv").record_maps(with_attention=False) as maps:
+        with record_maps(find_layer(other).find_block("ldv"), with_attention=False) as maps:
             logits(other, batch)
         assert maps[0].frame_lengths.tolist() == TOWER_LENGTHS[model.config.model_type]
         other.delete_adapter("ldv")
@@ -285,7 +281,7 @@ def test_an_mlp_of_the_papers_size_has_its_parameters_before_the_projector():
 def test_a_peft_model_knows_the_lengths_too(model, batch):
     peft_model = get_peft_model(model, configure()).eval()
     layer = find_layer(model)
-    with layer.find_block("default").record_maps(with_attention=False) as maps:
+    with record_maps(layer.find_block("default"), with_attention=False) as maps:
         logits(peft_model, batch)
     assert maps[0].frame_lengths.tolist() == TOWER_LENGTHS[model.config.model_type]
 
@@ -314,7 +310,7 @@ def test_lengths_are_repeated_with_their_rows():
     add_trained(model, "ldv", configure())
     inputs = make_batch(model)
     del inputs["decoder_input_ids"]
-    with find_layer(model).find_block("ldv").record_maps(with_attention=False) as maps:
+    with record_maps(find_layer(model).find_block("ldv"), with_attention=False) as maps:
         model.generate(**inputs, max_new_tokens=2, num_beams=2, num_return_sequences=2)
     assert maps[0].frame_lengths.tolist() == [20, 20, 11, 11, 15, 15]
     with pytest.raises(ValueError, match="a row for each row of features, got 3 for 2 rows"):

@@ -24,14 +24,9 @@ from test_clean_process import BLOCKER
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from modeling import load_speech_adapter, save_adapter
-from modeling.adapter_probe import check_effect, make_probe_inputs
-from modeling.adapters import (
-    ADAPTER_WEIGHTS_NAME,
-    adapters_off,
-    find_adapter_layers,
-    is_adapter_parameter,
-    save_adapter_code,
-)
+from modeling.adapter_files import save_adapter_code
+from modeling.adapter_loading import check_effect, make_probe_inputs
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off, find_adapter_layers, is_adapter_parameter
 
 
 @pytest.fixture(params=list(MAKERS))

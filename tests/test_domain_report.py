@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, WhisperConfig, WhisperForConditionalGeneration
 
 from modeling import SpeechAdapterConfig
-from modeling.adapter_transformer import AdapterMaps
 from modeling.adapters import adapters_off
+from publishing.adapter_maps import AdapterMaps
 from publishing.domain_report import (
     DomainReportCallback,
     draw_clip_maps,

@@ -15,14 +15,16 @@ from transformers import AutoModelForCTC, AutoProcessor, BitsAndBytesConfig, Whi
 
 from modeling import DeepSpeech2Config, DeepSpeech2FeatureExtractor, DeepSpeech2ForCTC, SpeechAdapterConfig
 from modeling.fingerprint import (
+    BLOCK_WORDS,
+    FACTORS,
     PIECE_VALUES,
     count_unknown,
-    digest_base,
     fingerprint_base,
     fingerprint_processor,
     list_differences,
+    sum_blocks,
 )
-from modeling.weight_digest import BLOCK_WORDS, FACTORS, sum_blocks
+from training.checkpoint_digest import digest_base
 
 SPEECH = SpeechAdapterConfig(kind="bottleneck", hidden_sizes=[4])
 # Written by the code before fingerprints had a version.

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
-from modeling.adapter_blocks import AdapterDropout, seed_dropout
 from modeling.adapters import adapters_off, is_adapter_parameter
+from training.adapter_dropout import AdapterDropout, seed_dropout
 from training.frozen_prefix import FrozenPrefix, find_frozen_prefix
 
 LENGTHS = [40, 29, 28, 11]
@@ -196,9 +196,9 @@ def test_stacked_adapters_get_the_losses_and_gradients_that_they_get_alone(place
     model.double()
     model.set_adapter(["alice", "bob", "carol"])
     packed = pack(find_frozen_prefix(model), make_batch(torch.float64))
+    seed_dropout(model, 7)
     for module in model.modules():
         module.training = isinstance(module, AdapterDropout)
-    seed_dropout(model, 7)
     together = model(**packed, adapter_names=names, labels=LABELS)
     stacked = gradients(model, together.loss)
 
@@ -210,9 +210,9 @@ def test_stacked_adapters_get_the_losses_and_gradients_that_they_get_alone(place
         prefix = find_frozen_prefix(alone)
         own = {key: value[rows] for key, value in make_batch(torch.float64).items()}
         inputs = pack(prefix, own)
+        seed_dropout(alone, 7)
         for module in alone.modules():
             module.training = isinstance(module, AdapterDropout)
-        seed_dropout(alone, 7)
         loss = alone(**inputs, labels=LABELS[rows]).loss
         assert together.losses[index].item() == pytest.approx(loss.item(), abs=1e-10)
         for key, gradient in gradients(alone, loss).items():

@@ -17,7 +17,8 @@ from readme import find_commands, find_example
 from transformers import AutoModelForCTC, AutoProcessor, WhisperConfig, WhisperForConditionalGeneration
 
 from modeling import SpeechAdapterConfig
-from modeling.adapters import find_active_adapters, save_adapter
+from modeling.adapter_files import save_adapter
+from modeling.adapters import find_active_adapters
 from publishing.card import public_name, training_command
 from publishing.hub import HubTarget, adapter_code, check_target, collect_files, push_folder, take_hub_target
 from recipes.personalize import main as personalize_main

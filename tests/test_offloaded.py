@@ -9,7 +9,7 @@ from stock_models import add_trained, configure, logits, make_batch, make_whispe
 from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGeneration
 
 from modeling import load_speech_adapter, save_adapter
-from modeling.adapter_files import read_adapter
+from modeling.adapter_loading import read_adapter
 from modeling.adapters import ADAPTER_WEIGHTS_NAME
 from modeling.fingerprint import list_differences
 

@@ -11,8 +11,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from data.collators import CTCCollator
 from modeling import DeepSpeech2ForCTC, SpeechAdapterConfig, save_adapter
-from modeling.adapter_blocks import seed_dropout
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, is_adapter_parameter
+from training.adapter_dropout import seed_dropout
 from training.personal import HIDDEN_SIZES
 from training.trainer import (
     AdapterTrainer,

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from tree import PACKAGES, ROOT, TREE, describe, list_code, render_tree
 
+from modeling.adapters import find_adapter_code
+
 # Rooms, and those that each may import.
 LIBRARY = ("modeling", "data")
 MAY_IMPORT = {
@@ -92,3 +94,9 @@ def test_tree_refuses_a_file_that_does_not_say_what_it_is(tmp_path, monkeypatch)
     (tmp_path / "silent.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"silent\.py must say in its first line what it is for, got nothing"):
         describe(tmp_path / "silent.py")
+
+
+def test_at_most_six_files_travel_with_an_adapter():
+    names = sorted(path.name for path in find_adapter_code())
+    blocks = ["adapter_blocks.py", "adapter_config.py", "adapter_layer.py", "adapter_loading.py"]
+    assert names == [*blocks, "adapters.py", "fingerprint.py"]

@@ -18,7 +18,7 @@ HEAD = """# Tree
 
 A line for each file, from its own first line; `python tests/tree.py` writes it anew. `modeling` and `data` know
 nobody; `inference`, `publishing` and `converters` know those two; `training` knows all these; `recipes` know
-everything but each other. What is in `modeling/` travels to the Hub, nothing else does.
+everything but each other. What travels to the Hub is in `modeling/`.
 """
 
 

@@ -1,5 +1,6 @@
 """The fingerprint of a checkpoint's weights, read a piece at a time, for a model of which a part is loaded."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -7,13 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from modeling.base_weights import list_base_weights
-from modeling.fingerprint import CHECKPOINT_RECORDS, record_pieces, rows_at_once, split_shape
+from modeling.fingerprint import (
+    CHECKPOINT_RECORDS,
+    list_base_weights,
+    record_pieces,
+    rows_at_once,
+    split_shape,
+    sum_blocks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,3 +103,19 @@ def _read_pieces(place: _Place, shape: tuple[int, ...]) -> Iterator[torch.Tensor
             if file.readinto(content) != len(content):
                 raise ValueError(f"{place.path} is truncated")
             yield torch.frombuffer(content, dtype=place.dtype).view(-1, num_columns)
+
+
+def digest_base(model: nn.Module) -> str:
+    """
+    Returns 32 hexadecimal digits over every byte of the base's weights: the key of what was computed with them.
+
+    Raises:
+        ValueError: Some of them cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for weight in list_base_weights(model):
+        if weight.read is None:
+            raise ValueError(f"`model` must have all its weights for a digest of them, got none for {weight.name!r}.")
+        sums = sum_blocks(weight.read()).tolist()
+        digest.update(repr((weight.name, weight.shape, str(weight.dtype), sums)).encode())
+    return digest.hexdigest()

@@ -19,7 +19,7 @@ from inference.answering import check_language
 from inference.audio_models import Family, find_family, load_model
 from modeling import SpeechAdapterConfig
 from modeling.adapter_config import PRESETS
-from modeling.adapter_files import locate_base
+from modeling.adapter_loading import locate_base
 from training.audio_tower import add_adapter, find_tower_block, load_tower_alone
 from training.checkpoint_digest import note_checkpoint
 from training.corpus_arguments import CorpusArguments, load_split

@@ -15,8 +15,9 @@ from data.code_digest import digest_code
 from data.domain_utterances import CachedDomain, DomainCollator, DomainUtterances, PairedUtterances
 from data.state_cache import build_cache, resolve_cache_folder
 from inference.audio_models import find_family, find_tower
-from modeling.fingerprint import digest_base, fingerprint_processor
+from modeling.fingerprint import fingerprint_processor
 from training.audio_tower import run_tower
+from training.checkpoint_digest import digest_base
 from training.objectives.domain import divide_parts, sum_parts
 from training.trainer import AdapterTrainer, RecipeTrainingArguments
 

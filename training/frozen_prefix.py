@@ -13,11 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling.active_adapters import is_adapter_parameter
-from modeling.adapter_calls import SHARED, Call
+from modeling.adapter_layer import SHARED, Call, is_adapter_parameter
 from modeling.adapters import SpeechAdapterLayer
-from modeling.base_weights import WRAPPER_NAMES
-from modeling.weight_digest import digest_tensors
+from modeling.fingerprint import WRAPPER_NAMES, digest_tensors
 
 # What a kind of adapter looks at, of the module that it wraps; other kinds look at its input and run it themselves.
 STATES_OF_KIND = {

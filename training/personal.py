@@ -16,8 +16,9 @@ from data.utterances import UtteranceDataset, decode_clips
 from inference.decoding import load_adapter
 from inference.scoring import evaluate_dataset
 from modeling import SpeechAdapterConfig
-from modeling.adapter_files import locate_base
-from modeling.adapters import ADAPTER_WEIGHTS_NAME, save_adapter
+from modeling.adapter_files import save_adapter
+from modeling.adapter_loading import locate_base
+from modeling.adapters import ADAPTER_WEIGHTS_NAME
 from modeling.files import write_whole
 from publishing.card import CardArguments, CardSubject, write_card
 from publishing.hub import HubTarget

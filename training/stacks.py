@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 
-from modeling.adapter_blocks import seed_dropout
 from modeling.adapters import find_adapter_layers
+from training.adapter_dropout import seed_dropout
 from training.honoured_arguments import HONOURED_BY_STACK, check_honoured, follows_metric
 from training.trainer import (
     AdapterTrainer,

@@ -33,15 +33,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from data.shared_epoch import SharedEpochDataset
-from modeling.adapter_blocks import seed_dropout
-from modeling.adapters import (
-    ADAPTER_WEIGHTS_NAME,
-    find_active_adapters,
-    is_adapter_parameter,
-    name_on_disk,
-    save_adapter,
-)
+from modeling.adapter_files import save_adapter
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, find_active_adapters, is_adapter_parameter, name_on_disk
 from modeling.files import make_scratch, move_folder, write_whole
+from training.adapter_dropout import seed_dropout
 from training.checkpoints import find_checkpoint, list_model_weights
 from training.honoured_arguments import HONOURED_BY_TRAINER, check_honoured, check_needed, list_changed
 from training.objectives import Objective

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from modeling import SpeechAdapterConfig
-from modeling.adapter_blocks import AdapterDropout, seed_dropout
 from modeling.adapters import SpeechAdapterLayer
+from training.adapter_dropout import AdapterDropout, seed_dropout
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +128,9 @@ def test_seeded_dropout_can_be_copied_and_pickled():
 
 
 @pytest.mark.parametrize(("kind", "hidden_sizes"), [("mlp", [4, 4]), ("replacement", [4, 4]), ("bottleneck", [4])])
-def test_adapters_drop_by_bytes(tiny_model, kind, hidden_sizes):
+def test_adapters_drop_by_bytes_once_they_are_seeded(tiny_model, kind, hidden_sizes):
     tiny_model.add_adapter(SpeechAdapterConfig(kind=kind, hidden_sizes=hidden_sizes, dropout=0.3), "alice")
+    seed_dropout(tiny_model, 0)
     dropouts = [module for module in tiny_model.modules() if isinstance(module, nn.Dropout) and module.p == 0.3]
     assert [type(dropout) for dropout in dropouts] == [AdapterDropout] * 2
 
