@@ -116,7 +116,7 @@ class LayerEncoder:
         return states[: -(-len(samples) // self.hop_samples)] if self._is_padded else states
 
 
-def load_encoder(
+def load_unit_encoder(
     encoder: str, layer: int | None, *, device: str | torch.device = "cpu"
 ) -> LogMelEncoder | LayerEncoder:
     """
@@ -138,7 +138,7 @@ class UnitExtractor:
     Args:
         settings: What the units are made of.
         centroids: `(units, width)`.
-        encoder: From [`load_encoder`]; default: loaded as `settings` say.
+        encoder: From [`load_unit_encoder`]; default: loaded as `settings` say.
         device: Where a model runs.
 
     Example:
@@ -164,7 +164,7 @@ class UnitExtractor:
         device: str | torch.device = "cpu",
     ):
         self.settings, self.centroids = settings, centroids.float()
-        self.encoder = encoder or load_encoder(settings.encoder, settings.layer, device=device)
+        self.encoder = encoder or load_unit_encoder(settings.encoder, settings.layer, device=device)
 
     @classmethod
     def fit(
@@ -191,7 +191,7 @@ class UnitExtractor:
         Raises:
             ValueError: There are fewer frames than units.
         """
-        encoder_model = load_encoder(encoder, layer, device=device)
+        encoder_model = load_unit_encoder(encoder, layer, device=device)
         parts = [encoder_model(samples).numpy() for samples in clips]
         num_frames = sum(map(len, parts))
         if not 1 <= num_units <= num_frames:

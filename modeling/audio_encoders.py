@@ -33,6 +33,13 @@ def make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     return WhisperEncoder(config) if config.model_type == "whisper" else AutoModel.from_config(config)
 
 
+def read_config(model_name_or_path: str, **kwargs) -> PreTrainedConfig:
+    """Returns the configuration of a model; of `kwargs` it takes those that say where it is. It runs no code."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    options = {"trust_remote_code": False} | {name: kwargs[name] for name in names if name in kwargs}
+    return AutoConfig.from_pretrained(model_name_or_path, **options)
+
+
 def load_encoder(model_name_or_path: str, **kwargs) -> PreTrainedModel:
     """
     Returns a pretrained encoder alone; of a Whisper checkpoint the decoder is not read.
@@ -44,8 +51,7 @@ def load_encoder(model_name_or_path: str, **kwargs) -> PreTrainedModel:
     Raises:
         ValueError: The checkpoint lacks weights of the encoder, or the encoder does not say how long its output is.
     """
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-    config = AutoConfig.from_pretrained(model_name_or_path, **hub)
+    config = read_config(model_name_or_path, **kwargs)
     if config.model_type == "whisper":
         with quiet_load_report():
             encoder, report = WhisperEncoder.from_pretrained(
@@ -53,7 +59,9 @@ def load_encoder(model_name_or_path: str, **kwargs) -> PreTrainedModel:
             )
     else:
         with quiet_load_report():
-            encoder, report = AutoModel.from_pretrained(model_name_or_path, output_loading_info=True, **kwargs)
+            encoder, report = AutoModel.from_pretrained(
+                model_name_or_path, output_loading_info=True, **({"trust_remote_code": False} | kwargs)
+            )
     # A checkpoint for recognition has no vector for masked frames; nothing reads it in evaluation.
     missing = sorted(name for name in report["missing_keys"] if "masked_spec_embed" not in name)
     if missing:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapter_layer import is_adapter_parameter
-from .audio_lm_sides import ENCODER, LANGUAGE_MODEL, find_blocks, set_side_mode
+from .audio_lm_sides import ENCODER, LANGUAGE_MODEL, find_blocks, is_quantized, set_side_mode
 from .fingerprint import fingerprint_base
 
 PROJECTOR = "projector"
@@ -42,9 +42,10 @@ def view_language_model(model: PreTrainedModel) -> PreTrainedModel:
         view = AutoModelForCausalLM.from_config(body.config)
     setattr(view, view.base_model_prefix, body)
     view.set_output_embeddings(model.lm_head)
-    for entry in ("peft_config", "_hf_peft_config_loaded", "is_loaded_in_4bit", "name_or_path"):
+    for entry in ("peft_config", "_hf_peft_config_loaded", "name_or_path"):
         if hasattr(body, entry):
             setattr(view, entry, getattr(body, entry))
+    view.is_loaded_in_4bit = is_quantized(body)  # PEFT asks
     view.generation_config = model.generation_config
     return view.train(body.training)
 
@@ -122,7 +123,7 @@ def _train_last_layers(model: PreTrainedModel, num_layers: int) -> None:
     blocks = find_blocks(body)
     if not 1 <= num_layers <= len(blocks):
         raise ValueError(f"`llm_last_layers` must be 1 to {len(blocks)}, got {num_layers}.")
-    if getattr(body, "is_loaded_in_4bit", False):
+    if is_quantized(body):
         raise ValueError(
             "`llm_last_layers` must be 0 with weights in 4 bits, which do not train. Choose lora or full."
         )
@@ -188,13 +189,13 @@ def set_training_mode(model: PreTrainedModel, *, gradient_checkpointing: bool = 
         gradient_checkpointing: Compute activations again in the backward pass, to save their memory.
     """
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     model.train()
 
 
 def set_inference_mode(model: PreTrainedModel) -> None:
     """Prepares a model for answers: no dropout anywhere, no checkpoints, keys and values cached."""
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model.eval()

@@ -17,7 +17,6 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -28,7 +27,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from .adapter_layer import is_adapter_parameter
 from .adapters import check_adapter_name
-from .audio_encoders import load_encoder, quiet_load_report
+from .audio_encoders import load_encoder, quiet_load_report, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +120,9 @@ def load_language_model(
     is_in_4bit = check_mode(mode, "llm_mode") == "qlora" or load_in_4bit
     quantization = {"quantization_config": make_nf4_config(model_name_or_path, **kwargs)} if is_in_4bit else {}
     with quiet_load_report():
-        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **quantization, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, dtype=dtype, **quantization, **({"trust_remote_code": False} | kwargs)
+        )
     set_side_mode(keep_4bit_trainable(model), mode, LANGUAGE_MODEL)
     return model
 
@@ -139,7 +140,7 @@ def load_tokenizer(model_name_or_path: str, **kwargs) -> PreTrainedTokenizerBase
     Raises:
         ValueError: It has no end token either.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **({"trust_remote_code": False} | kwargs))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -160,8 +161,7 @@ def add_audio_token(tokenizer: PreTrainedTokenizerBase, audio_token: str = AUDIO
 
 def make_nf4_config(model_name_or_path: str, **kwargs) -> BitsAndBytesConfig:
     """Returns the setting with which a side loads in NF4 with double quantisation."""
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-    config = AutoConfig.from_pretrained(model_name_or_path, **hub)
+    config = read_config(model_name_or_path, **kwargs)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoFeatureExtractor, BatchFeature, ProcessorMixin, WhisperFeatureExtractor
+from transformers import (
+    AutoFeatureExtractor,
+    BatchFeature,
+    ProcessorMixin,
+    SequenceFeatureExtractor,
+    WhisperFeatureExtractor,
+)
 from transformers.audio_utils import make_audio_chat_template_content, make_list_of_audio_chat_template
 
 from .audio_encoders import find_frame_formula, find_max_inputs
@@ -119,7 +125,7 @@ class AudioLMProcessor(ProcessorMixin):
             given or bases[name].name_or_path
             for given, name in ((feature_extractor, ENCODER), (tokenizer, LANGUAGE_MODEL))
         ]
-        extractor = AutoFeatureExtractor.from_pretrained(names[0], **kwargs)
+        extractor = AutoFeatureExtractor.from_pretrained(names[0], **({"trust_remote_code": False} | kwargs))
         tokenizer = load_tokenizer(names[1], **kwargs)
         add_audio_token(tokenizer)
         offset, stride = find_frame_formula(model.model.audio_tower)
@@ -257,24 +263,28 @@ class AudioLMProcessor(ProcessorMixin):
             ValueError: It is too short for one frame of the encoder, or its rate is another than the feature
                 extractor's.
         """
-        extractor = self.feature_extractor
-        rate = extractor.sampling_rate if sampling_rate is None else sampling_rate
-        options = {"sampling_rate": rate, "return_tensors": "pt", "padding": "longest", "truncation": False}
-        if self._is_time_last:
-            # The last frame looks past the clip's end: at silence, whatever comes after it in a batch.
-            frames = -(-len(window) // extractor.hop_length)
-            silence = frames * extractor.hop_length - len(window) + extractor.n_fft
-            features = extractor(np.pad(window, (0, silence)), **options)["input_features"][0, :, :frames]
-        else:
-            output = extractor(window, **options)
-            name = next(name for name in ("input_features", "input_values") if name in output)
-            features = output[name][0]
+        features = self.extract_window(self.feature_extractor, window, sampling_rate=sampling_rate)
         if not self.count_tokens(self.num_inputs(features)):
             raise ValueError(
                 f"`audio` must be long enough for one frame of the encoder, got a clip of {len(window)} samples. "
                 "Leave such clips out."
             )
         return features
+
+    @staticmethod
+    def extract_window(
+        extractor: SequenceFeatureExtractor, window: np.ndarray, *, sampling_rate: int | None = None
+    ) -> torch.Tensor:
+        """As [`extract`], with any feature extractor, of a window however short."""
+        rate = extractor.sampling_rate if sampling_rate is None else sampling_rate
+        options = {"sampling_rate": rate, "return_tensors": "pt", "padding": "longest", "truncation": False}
+        if isinstance(extractor, WhisperFeatureExtractor):
+            # The last frame looks past the clip's end: at silence, whatever comes after it in a batch.
+            frames = -(-len(window) // extractor.hop_length)
+            silence = frames * extractor.hop_length - len(window) + extractor.n_fft
+            return extractor(np.pad(window, (0, silence)), **options)["input_features"][0, :, :frames]
+        output = extractor(window, **options)
+        return next(output[name][0] for name in ("input_features", "input_values") if name in output)
 
     def pad_features(self, rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_lm_models import save_bases
 from serving import write_adapter
 from transformers import Trainer, Wav2Vec2CTCTokenizer
 
@@ -213,3 +214,9 @@ def small_base(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> 
         "--output_dir", folder,
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def audio_lm_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of tiny encoders and language models, by family."""
+    return save_bases(tmp_path_factory.mktemp("audio_lm_bases"))

@@ -19,7 +19,7 @@ from data.audio import read_audio
 from data.corpora import load_corpus
 from data.parallel_synthesis import TARGET_VOICE, write_parallel_corpus
 from data.synthesis import synthesize
-from inference.speech_units import LayerEncoder, UnitExtractor, load_encoder, reduce_units
+from inference.speech_units import LayerEncoder, UnitExtractor, load_unit_encoder, reduce_units
 from recipes.extract_units import main
 
 FEW = {"train": 12, "validation": 2, "test": 2}
@@ -103,12 +103,12 @@ def test_units_come_each_20_ms(speech):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_layers_states_are_those_of_the_model(wav2vec2, speech, layer):
-    frames = load_encoder(wav2vec2, layer)(speech[0])
+    frames = load_unit_encoder(wav2vec2, layer)(speech[0])
     inputs = Wav2Vec2FeatureExtractor.from_pretrained(wav2vec2)(speech[0], sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         output = Wav2Vec2Model.from_pretrained(wav2vec2).eval()(inputs.input_values, output_hidden_states=True)
     torch.testing.assert_close(frames, output.hidden_states[layer][0])
-    assert load_encoder(wav2vec2, layer).hop_samples == 320
+    assert load_unit_encoder(wav2vec2, layer).hop_samples == 320
 
 
 def test_whispers_frames_end_with_the_clip(whisper, speech):
@@ -125,20 +125,20 @@ def test_whisper_refuses_a_clip_that_it_would_cut(whisper, speech):
 
 def test_a_layer_that_the_model_lacks_is_refused(wav2vec2):
     with pytest.raises(ValueError, match="`layer` must be from 0 to 2 of .*, got 3"):
-        load_encoder(wav2vec2, 3)
+        load_unit_encoder(wav2vec2, 3)
 
 
 @pytest.mark.parametrize(("encoder", "layer", "rule"), [("log_mel", 2, "left out"), ("a/model", None, "given")])
 def test_a_layer_belongs_to_a_model_and_not_to_energies(encoder, layer, rule):
     with pytest.raises(ValueError, match=f"`layer` must be {rule} for {encoder}, got {layer}"):
-        load_encoder(encoder, layer)
+        load_unit_encoder(encoder, layer)
 
 
 def test_a_model_of_another_sampling_rate_is_refused(wav2vec2, tmp_path):
     folder = shutil.copytree(wav2vec2, tmp_path / "model")
     Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(folder)
     with pytest.raises(ValueError, match="`encoder` must hear 16000 Hz, got .* which hears 8000 Hz"):
-        load_encoder(str(folder), 1)
+        load_unit_encoder(str(folder), 1)
 
 
 @pytest.mark.parametrize("num_units", [0, 100_000])
