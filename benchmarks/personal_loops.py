@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback
 
-from data.collators import IGNORED_LABEL, CTCCollator
-from data.state_cache import CachedUtterances, PackedCollator
+from data.collators import IGNORED_LABEL, CTCCollator, pack_states
+from data.state_cache import CachedUtterances
 from modeling import DeepSpeech2Config, DeepSpeech2FeatureExtractor, DeepSpeech2ForCTC, SpeechAdapterConfig
-from training.frozen_prefix import FrozenPrefix, find_frozen_prefix
+from training.frozen_part import FrozenPrefix, find_frozen_prefix
+from training.objectives.recognition import CTCObjective
 from training.trainer import AdapterTrainer, RecipeTrainingArguments, SeededSampler, set_frozen_modules_to_eval
 
 FRAMES_A_SECOND = 100  # of features
@@ -228,26 +229,23 @@ def run_padded_epoch(
         take_step(head, optimizer, head(**batch))
 
 
-def run_bare_epochs(
-    model: DeepSpeech2ForCTC, cached: CachedUtterances, prefix: str, *, batch_size: int, num_epochs: int
-) -> None:
+def run_bare_epochs(model: DeepSpeech2ForCTC, cached: CachedUtterances, *, batch_size: int, num_epochs: int) -> None:
     """Trains on the cache in a loop written by hand: what is left of the Trainer without its services."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=True)
     num_steps = num_epochs * math.ceil(len(cached) / batch_size)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
-    model.train()
-    set_frozen_modules_to_eval(model)
+    objective = CTCObjective(model).train()
+    set_frozen_modules_to_eval(objective)
     for _ in range(num_epochs):
-        for batch in load_in_random_order(cached, batch_size, PackedCollator(prefix)):
-            take_step(model, optimizer, model(**batch).loss)
+        for batch in load_in_random_order(cached, batch_size, pack_states):
+            take_step(model, optimizer, objective(**batch)["loss"])
             scheduler.step()
 
 
 def make_trainer(
     model: DeepSpeech2ForCTC,
     cached: CachedUtterances,
-    prefix: str,
     *,
     batch_size: int,
     folder: Path,
@@ -269,7 +267,7 @@ def make_trainer(
         bf16=is_bf16,
         seed=0,
     )
-    trainer = AdapterTrainer(model=model, args=arguments, train_dataset=cached, data_collator=PackedCollator(prefix))
+    trainer = AdapterTrainer(CTCObjective(model), args=arguments, train_dataset=cached, data_collator=pack_states)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -44,7 +44,7 @@ from data.state_cache import CachedUtterances
 from modeling import DeepSpeech2ForCTC
 from modeling.modeling_deepspeech2 import get_output_lengths
 from publishing.report import format_table
-from training.frozen_prefix import find_frozen_prefix
+from training.frozen_part import find_frozen_prefix
 from training.trainer import AdapterTrainer
 
 NAME = "personal_training"
@@ -122,7 +122,6 @@ class Case:
         return make_trainer(
             self.model,
             self.cached,
-            self.prefix.name,
             batch_size=self.sizes.batch_size,
             folder=self.folder,
             num_epochs=EPOCHS,
@@ -137,9 +136,7 @@ class Case:
     def run_bare(self) -> None:
         """Ten epochs from the cache without the Trainer."""
         with torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else nullcontext():
-            run_bare_epochs(
-                self.model, self.cached, self.prefix.name, batch_size=self.sizes.batch_size, num_epochs=EPOCHS
-            )
+            run_bare_epochs(self.model, self.cached, batch_size=self.sizes.batch_size, num_epochs=EPOCHS)
 
     def run_original(self) -> None:
         """One epoch of the original."""
@@ -179,7 +176,7 @@ def count_computed_frames(case: Case) -> dict[str, float]:
     computed: list[int] = []
     layer = case.model.classifier.find_block("speaker")[0]
     handle = layer.register_forward_hook(lambda _layer, args, _output: computed.append(args[0][..., 0].numel()))
-    run_bare_epochs(case.model, case.cached, case.prefix.name, batch_size=case.sizes.batch_size, num_epochs=1)
+    run_bare_epochs(case.model, case.cached, batch_size=case.sizes.batch_size, num_epochs=1)
     handle.remove()
     lengths = torch.tensor(case.utterances.lengths)
     in_file_order = [rows.tolist() for rows in torch.arange(len(lengths)).split(case.sizes.batch_size)]

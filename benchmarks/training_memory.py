@@ -26,7 +26,6 @@ from benchmarks.personal_loops import (
 )
 from data.state_cache import CachedUtterances
 from modeling.modeling_deepspeech2 import get_output_lengths
-from training.frozen_prefix import find_frozen_prefix
 
 PROC_STATUS = Path("/proc/self/status")
 SECONDS_BETWEEN = 0.005
@@ -89,7 +88,6 @@ def train_and_watch(num_utterances: int, num_steps: int, folder: Path, *, is_qui
     model = make_base(sizes, VOCAB_SIZE)
     add_adapter(model, sizes, "replacement")
     utterances = RandomUtterances(num_utterances, num_mel_bins=num_mel_bins, vocab_size=VOCAB_SIZE)
-    prefix = find_frozen_prefix(model)
     with PeakMemory() as building:
         cached = CachedUtterances.build(
             utterances,
@@ -99,7 +97,7 @@ def train_and_watch(num_utterances: int, num_steps: int, folder: Path, *, is_qui
             folder=folder / "cache",
             batch_size=sizes.batch_size,
         )
-    trainer = make_trainer(model, cached, prefix.name, batch_size=sizes.batch_size, folder=folder, max_steps=num_steps)
+    trainer = make_trainer(model, cached, batch_size=sizes.batch_size, folder=folder, max_steps=num_steps)
     with PeakMemory() as training:
         trainer.train()
     return {

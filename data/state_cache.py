@@ -6,8 +6,9 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import huggingface_hub.constants
 import torch
@@ -18,8 +19,6 @@ from tqdm.auto import tqdm
 
 from .cache_file import TABLES, CacheWriter, find_cache_damage
 from .code_digest import digest_code
-from .collators import IGNORED_LABEL
-from .utterances import UtteranceDataset
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +33,46 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Run = Callable[[dict], tuple[dict[str, torch.Tensor], torch.Tensor]]
 
 
+class CacheableUtterances(Protocol):
+    """
+    What a cache asks of a dataset: utterances that are drawn by seed and epoch, and what they are made of.
+
+    Attributes:
+        samples_digest: Digest of all samples.
+        groups: Which clips make each utterance, in this epoch.
+        references: The transcript of each utterance.
+        labels: Its tokens.
+        lengths: How long each is, in any unit: they are computed longest first.
+        augmentation: A dataclass with `changes`, whether it does anything; or none.
+        seed: Of all that is drawn.
+        epoch: The one that is drawn.
+        is_random: Whether epochs differ.
+    """
+
+    samples_digest: str
+    groups: Sequence[Sequence[int]]
+    references: Sequence[str]
+    labels: Sequence[Sequence[int]]
+    lengths: Sequence[int]
+    augmentation: object | None
+    seed: int
+    epoch: int
+    is_random: bool
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the utterances of an epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+
 def resolve_cache_folder(folder: str | Path | None = None) -> Path:
     """Returns where caches are: `folder`, by default `frozen_features` in the Hugging Face cache (`HF_HOME`)."""
     return Path(folder or Path(huggingface_hub.constants.HF_HOME, "frozen_features")).expanduser()
 
 
-def digest_utterances(dataset: UtteranceDataset) -> str:
+def digest_utterances(dataset: CacheableUtterances) -> str:
     """
     Returns 32 hexadecimal digits over everything of the data that the utterances of this epoch are made of.
 
@@ -88,7 +121,7 @@ class FeatureCache:
 
 
 def build_cache(
-    dataset: UtteranceDataset,
+    dataset: CacheableUtterances,
     run: Run,
     *,
     collate: Callable[[list[dict]], dict],
@@ -193,7 +226,7 @@ def _log_caches(caches: Sequence[FeatureCache], verbs: Sequence[str]) -> None:
 
 class CachedUtterances(torch.utils.data.Dataset):
     """
-    An [`UtteranceDataset`] with cached states in place of features: `states`, by name, and `labels`.
+    Utterances with cached states in place of features: `states`, by name, and `labels`.
 
     Epoch `e` reads variant `e % len(caches)`: the states, groups and labels that the utterances have in that epoch.
 
@@ -202,7 +235,7 @@ class CachedUtterances(torch.utils.data.Dataset):
         caches: One a variant: variant `v` is of the utterances of epoch `v`.
     """
 
-    def __init__(self, dataset: UtteranceDataset, caches: Sequence[FeatureCache]):
+    def __init__(self, dataset: CacheableUtterances, caches: Sequence[FeatureCache]):
         self.dataset, self.caches = dataset, list(caches)
         self._labels = []
         for variant in range(len(self.caches)):
@@ -213,7 +246,7 @@ class CachedUtterances(torch.utils.data.Dataset):
     @classmethod
     def build(
         cls,
-        dataset: UtteranceDataset,
+        dataset: CacheableUtterances,
         run: Run,
         *,
         collate: Callable[[list[dict]], dict],
@@ -274,78 +307,3 @@ class CachedUtterances(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {"states": self.caches[self.variant][index], "labels": self._labels[self.variant][index]}
-
-
-@dataclass(frozen=True)
-class PackedCollator:
-    """
-    Packs cached states without padding, in the order of torch's `PackedSequence`.
-
-        rows    a a a a     b b b     c          lengths 4, 3, 1: the longest first
-        packed  a b c  a b  a b  a               frame 0 of all, then frame 1 of those that have one, ...
-
-    Args:
-        frozen_prefix: Name of the module that the states are the input of.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from data.state_cache import PackedCollator
-
-    >>> rows = [torch.full((1, 1), 3.0), torch.full((4, 1), 1.0), torch.full((3, 1), 2.0)]
-    >>> batch = PackedCollator("classifier")([{"states": {"hidden_states": row}, "labels": [5]} for row in rows])
-    >>> batch["frozen_states"]["hidden_states"].flatten().tolist(), batch["logits_lengths"].tolist()
-    ([1.0, 2.0, 3.0, 1.0, 2.0, 1.0, 2.0, 1.0], [4, 3, 1])
-
-    ```
-    """
-
-    frozen_prefix: str
-
-    def __call__(self, examples: Sequence[dict]) -> dict[str, object]:
-        """
-        Returns arguments of the model's `forward`, rows longest first, in the given order where they are equally long.
-
-        Args:
-            examples: `states` `(frames, width)` by name, `labels` `(tokens,)`, and in all or none `adapter_name`.
-
-        Returns:
-            `labels` `(batch, tokens)` padded with -100, `logits_lengths` `(batch,)`, `frozen_states` `(frames, width)`
-            by name, `frozen_prefix` and, where the examples name them, `adapter_names`.
-        """
-        examples = sorted(examples, key=_count_frames, reverse=True)
-        labels = [torch.as_tensor(example["labels"], dtype=torch.long) for example in examples]
-        lengths = torch.tensor([_count_frames(example) for example in examples])
-        names = examples[0]["states"]
-        # The labels come first: whoever asks a batch for its size, as accelerate does, takes the first tensor's.
-        batch = {
-            "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
-            "logits_lengths": lengths,
-            "frozen_states": {
-                name: _pack([example["states"][name] for example in examples], lengths) for name in names
-            },
-            "frozen_prefix": self.frozen_prefix,
-        }
-        if "adapter_name" in examples[0]:
-            batch["adapter_names"] = [example["adapter_name"] for example in examples]
-        return batch
-
-
-def _count_frames(example: dict) -> int:
-    return len(next(iter(example["states"].values())))
-
-
-def _pack(rows: list[torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
-    """Returns the frames of `rows`, each `(frames, width)` and longest first, in packed order `(frames, width)`."""
-    first, width = rows[0], rows[0].shape[1]
-    pointers = {row.untyped_storage().data_ptr() for row in rows}
-    if len(pointers) == 1 and all(row.is_contiguous() and row.storage_offset() % width == 0 for row in rows):
-        # Views of one file: gathered from there in one pass, where joining them first takes two.
-        num_frames = first.untyped_storage().nbytes() // first.element_size() // width
-        frames = first.as_strided((num_frames, width), (width, 1), 0)
-        starts = torch.tensor([row.storage_offset() // width for row in rows])
-    else:
-        frames, starts = torch.cat(rows), lengths.cumsum(0) - lengths
-    times = torch.arange(len(first)).unsqueeze(1)  # (frames, 1)
-    return frames.index_select(0, (times + starts)[times < lengths].to(frames.device))

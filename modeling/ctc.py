@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .packed_ctc import count_repeats
+from .ctc_labels import count_repeats
 
 # Classes that a beam is extended with in a frame; the rest are improbable beside them.
 NUM_EXTENSIONS = 12

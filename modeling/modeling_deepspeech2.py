@@ -3,7 +3,7 @@
 Source: Amodei et al., "Deep Speech 2" (arXiv 1512.02595), in the layout of KoSpeech, whose checkpoints convert.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,7 @@ from transformers.utils import ModelOutput
 
 from .adapters import SpeechAdapterMixin, adapters_off, find_active_adapters, is_adapter_parameter
 from .configuration_deepspeech2 import DeepSpeech2Config
-from .packed_ctc import check_labels_fit
-from .packed_deepspeech2 import PackedBatch
-from .packed_frames import PackedOrder
-from .recurrence import run_bidirectional_gru
+from .ctc_labels import check_labels_fit
 
 # Logit of every class but the blank on frames that are padding: argmax gives blank there, and exp underflows to 0.
 PADDED_LOGIT = -1e4
@@ -38,8 +35,6 @@ class DeepSpeech2CTCOutput(ModelOutput):
             asked for.
         hidden_states (`tuple[torch.Tensor]`): Output of the convolutions and of each recurrent layer, adapters
             included, each `(batch, frames, hidden)`.
-        losses (`torch.Tensor` of shape `(adapters,)`): Loss of each adapter's own rows, when `adapter_names` are
-            given, in the order in which the names appear; `loss` is their sum.
     """
 
     loss: torch.FloatTensor | None = None
@@ -47,7 +42,6 @@ class DeepSpeech2CTCOutput(ModelOutput):
     logits_lengths: torch.LongTensor | None = None
     base_logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    losses: torch.FloatTensor | None = None
 
 
 def mask_frames(hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -110,22 +104,12 @@ class DeepSpeech2RNNLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         packed = pack_padded_sequence(hidden_states, lengths, batch_first=True, enforce_sorted=False)
-        frames = self.run_packed(packed.data, PackedOrder(lengths[packed.sorted_indices.cpu()], hidden_states.device))
-        packed = PackedSequence(frames, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-        return pad_packed_sequence(packed, batch_first=True, total_length=hidden_states.shape[1])[0]
+        return pad_packed_sequence(self.run_packed(packed), batch_first=True, total_length=hidden_states.shape[1])[0]
 
-    def run_packed(self, frames: torch.Tensor, order: PackedOrder) -> torch.Tensor:
-        """Runs the layer on packed frames `(frames, in_features)`: `(frames, out_features)`."""
-        frames = torch.relu(self.batch_norm(frames))
-        is_plain = type(self.rnn) is nn.GRU  # and not its quantised form
-        if (
-            is_plain
-            and frames.device.type == "cpu"
-            and torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-        ):
-            return run_bidirectional_gru(self.rnn, frames, order)
-        return self.rnn(PackedSequence(frames, torch.tensor(order.batch_sizes)))[0].data
+    def run_packed(self, packed: PackedSequence) -> PackedSequence:
+        """Runs the layer on frames without padding: `(frames, in_features)` to `(frames, out_features)`."""
+        frames = torch.relu(self.batch_norm(packed.data))
+        return self.rnn(PackedSequence(frames, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices))[0]
 
 
 class DeepSpeech2Classifier(nn.Sequential):
@@ -209,14 +193,10 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
 
     def forward(
         self,
-        input_features: torch.Tensor | None = None,
+        input_features: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         *,
-        frozen_states: Mapping[str, torch.Tensor] | None = None,
-        frozen_prefix: str | None = None,
-        logits_lengths: torch.Tensor | None = None,
-        adapter_names: Sequence[str] | None = None,
         output_hidden_states: bool | None = None,
         output_base_logits: bool = False,
         return_dict: bool | None = None,
@@ -226,13 +206,6 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
             input_features: Log-mel features `(batch, frames, mel)`.
             attention_mask: 1 for a frame, 0 for padding on the right, `(batch, frames)`.
             labels: Classes `(batch, tokens)`, -100 beyond a transcript's end.
-            frozen_states: In place of features, what a [`FrozenPrefix`] has made of them: states by name, packed
-                `(frames, width)` as in torch's `PackedSequence`. The rest of the model then computes real frames only
-                and returns the loss, or without `labels` the logits; neither hidden states nor base logits.
-            frozen_prefix: Name of that prefix.
-            logits_lengths: Packed frames of each row `(batch,)`, longest first.
-            adapter_names: With `frozen_states`, the speech adapter of each row: each acts on its own rows and gets the
-                gradient that they alone would give it.
             output_hidden_states: Also return every layer's output.
             output_base_logits: Also return what the base alone would say. A second pass starts at the first adapted
                 layer, so it is cheap for an adapter at the classifier and about doubles the time for one between the
@@ -240,18 +213,8 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
 
         Raises:
             ValueError: `input_features` has another number of bins than the model, an utterance has no frame, or a
-                transcript needs more frames than there are (CTC would be infinite); `frozen_states` are not what the
-                model needs behind `frozen_prefix` or do not fit `logits_lengths`; `adapter_names` are not one
-                speech adapter of this model a row, or come without `frozen_states`.
+                transcript needs more frames than there are (CTC would be infinite).
         """
-        if frozen_states is not None:
-            batch = PackedBatch(self, frozen_states, frozen_prefix, logits_lengths, adapter_names)
-            output = self._forward_packed(batch, labels)
-            return output.to_tuple() if return_dict is False else output
-        if adapter_names is not None:
-            raise ValueError(
-                "`adapter_names` must come with `frozen_states`, got none. With features, use `adapter_rows`."
-            )
         lengths = self._get_input_lengths(input_features, attention_mask)
         input_features = input_features.to(self.dtype)  # features are fp32, whatever the checkpoint was saved in
         input_features = mask_frames(input_features.mT, lengths).mT  # the first convolution looks 5 frames ahead
@@ -267,18 +230,6 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
             hidden_states=hidden_states if output_hidden_states else None,
         )
         return output.to_tuple() if return_dict is False else output
-
-    def _forward_packed(self, batch: PackedBatch, labels: torch.Tensor | None) -> DeepSpeech2CTCOutput:
-        lengths = batch.order.lengths
-        if labels is None:
-            logits = self._mask_logits(batch.order.pad(batch.compute_logits()).transpose(0, 1), lengths)
-            return DeepSpeech2CTCOutput(logits=logits, logits_lengths=lengths.to(logits.device))
-        losses = batch.compute_losses(labels)
-        return DeepSpeech2CTCOutput(
-            loss=losses.sum(),
-            logits_lengths=lengths.to(losses.device),
-            losses=losses if batch.adapter_names is not None else None,
-        )
 
     def stages(self) -> dict[str, nn.Module]:
         """Returns the modules that run one after the other, by name; all parameters are in them."""

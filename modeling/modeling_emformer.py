@@ -17,9 +17,9 @@ from transformers.utils import ModelOutput
 
 from .adapters import SpeechAdapterMixin
 from .configuration_emformer import EmformerConfig, check_segment_length
+from .ctc_labels import check_labels_fit
 from .emformer_blocks import EmformerBlocks
 from .emformer_cache import EmformerCache, EmformerPaddingCache, EmformerStep, collect_frames, is_before
-from .packed_ctc import check_labels_fit
 
 MAX_CLAMPED_MEMORY = 10.0
 # Logit of every class but the blank on frames that are padding: argmax gives blank there, and exp underflows to 0.

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
 
 from data.augmentation import RecipeAugmentation
+from data.collators import CTCCollator
 from data.text import set_language
 from modeling.adapter_loading import read_adapter
 from modeling.adapters import adapters_off, is_adapter_parameter
@@ -20,7 +21,8 @@ from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results
 from training.arguments import parse_arguments
 from training.corpus_arguments import CorpusArguments, load_split
-from training.frozen_part import CacheArguments, FrozenPart
+from training.frozen_part import CacheArguments, cache_frozen_part
+from training.objectives.recognition import CTCObjective
 from training.output_folder import check_output_dir, claim_output_dir
 from training.personal import (
     ADAPTER_NAME,
@@ -36,7 +38,7 @@ from training.personal import (
     save_personal_outcome,
     score_datasets,
 )
-from training.personalize_many import personalize_many
+from training.stacks import personalize_many
 from training.trainer import AdapterTrainer, check_trainable
 
 ARGUMENTS = (
@@ -108,19 +110,19 @@ def personalize(
     loader = SpeakerLoader(personal_args, corpus_args, augmentation, processor, **options)
     data = loader.load(personal_args.speaker_id[0])
     batch_size = training_args.per_device_eval_batch_size
-    frozen = FrozenPart(model, processor, cache_args, batch_size=batch_size)
     score = partial(score_datasets, model, processor, data.evaluation, batch_size=batch_size)
     with adapters_off(model):
         base_scores = score()
 
     # Trainer
     patience = training_args.early_stopping_patience
+    objective = CTCObjective(model)
     trainer = AdapterTrainer(
-        model=model,
+        model=objective,
         args=training_args,
-        train_dataset=frozen.prepare(data.train),
+        train_dataset=cache_frozen_part(data.train, objective.prefix, processor, cache_args, batch_size=batch_size),
         eval_dataset=data.evaluation[""],
-        data_collator=frozen.collator(num_workers=training_args.dataloader_num_workers),
+        data_collator=CTCCollator(processor),
         processing_class=processor,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         score=lambda: score_datasets(model, processor, {"": data.evaluation[""]}, batch_size)[""],

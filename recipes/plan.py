@@ -26,7 +26,7 @@ from data.state_cache import DTYPES
 from modeling.files import write_text
 from publishing.report import format_table
 from training.arguments import parse_arguments
-from training.frozen_prefix import find_frozen_prefix
+from training.objectives.recognition import CTCObjective
 from training.planning import (
     DEFAULT_CHARACTERS,
     DEFAULT_SECONDS,
@@ -154,8 +154,7 @@ class Planner:
             self.model: PreTrainedModel = recipe.plan_model(arguments)
         self.adapter_names = list(getattr(self.model, "peft_config", {}))
         self.has_stages = hasattr(self.model, "stages")
-        is_behind = self.has_stages and "cache_variants" in self.flags
-        self.prefix = find_frozen_prefix(self.model) if is_behind else None
+        self.prefix = CTCObjective(self.model).prefix if self.has_stages else None
         self.num_variants = self._count_variants()
 
     def _count_variants(self) -> int:
@@ -237,8 +236,8 @@ class Planner:
             draw_batch(model, num_rows=plan.num_rows, seconds=seconds, num_tokens=round(characters * seconds))
             for seconds in (plan.longest_seconds, plan.typical_seconds)
         ]
-        prefix = find_frozen_prefix(model) if self.prefix else None
-        trial = run_trial(model, self.training_args, batches, prefix=prefix, adapter_names=self.adapter_names)
+        objective = CTCObjective(model)
+        trial = run_trial(objective, self.training_args, batches, adapter_names=self.adapter_names)
         plan.trial = asdict(trial)
         plan.memory |= {"activations": trial.activation_bytes, "optimizer": trial.optimizer_bytes}
         plan.time = self._add_up_time(plan, trial)

@@ -37,6 +37,7 @@ from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results, write_results
 from training.arguments import parse_arguments
 from training.corpus_arguments import CorpusArguments, load_split
+from training.objectives.recognition import CTCObjective
 from training.output_folder import check_output_dir, claim_output_dir
 from training.trainer import AdapterTrainer, RecipeTrainingArguments
 
@@ -265,7 +266,7 @@ def train(
     batch_size = training_args.per_device_eval_batch_size
     score = partial(evaluate_dataset, model, processor, eval_dataset, batch_size=batch_size)
     trainer = AdapterTrainer(
-        model=model,
+        model=CTCObjective(model),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

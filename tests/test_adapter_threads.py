@@ -16,7 +16,7 @@ from inference.adapter_store import AdapterStore
 from modeling import SpeechAdapterConfig, adapter_rows, load_speech_adapter
 from modeling.adapters import BASE, adapters_off, find_active_adapters
 from publishing.adapter_maps import record_maps
-from training.frozen_prefix import find_frozen_prefix
+from training.frozen_part import find_frozen_prefix
 
 NUM_THREADS, NUM_CALLS = 4, 12
 KINDS = {

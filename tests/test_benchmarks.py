@@ -27,8 +27,9 @@ from benchmarks.personal_loops import (
 from benchmarks.personal_training import Case, count_adapter_flops, count_padded, count_pass_flops
 from benchmarks.results_file import digest_source, store_result
 from benchmarks.training_memory import PeakMemory, measure_memory
-from data.state_cache import PackedCollator
+from data.collators import pack_states
 from data.utterances import count_ctc_frames
+from training.objectives.recognition import CTCObjective
 
 VOCAB_SIZE = 12
 
@@ -75,10 +76,10 @@ def test_peers_and_ours_have_one_loss(utterances, adapted, kind, tmp_path):
     head, _ = make_head(base, QUICK_SIZES)
     copy_weights(head.eval(), model.eval())
     collate = make_collator(16)
-    cached, prefix = build_from_scratch(model, utterances, collate, batch_size=3, folder=tmp_path)
+    cached, _ = build_from_scratch(model, utterances, collate, batch_size=3, folder=tmp_path)
     examples = [cached[row] for row in range(6)]
 
-    ours = model(**PackedCollator(prefix.name)(examples)).loss
+    ours = CTCObjective(model)(**pack_states(examples))["loss"]
     padded = head(**pad_cached(examples))
     batch = collate([utterances[row] for row in range(6)])
     output = base(batch["input_features"], batch["attention_mask"], output_hidden_states=True)
@@ -92,7 +93,7 @@ def test_peers_and_ours_have_one_loss(utterances, adapted, kind, tmp_path):
 
 def test_all_loops_learn(utterances, adapted, tmp_path):
     model, base = adapted("replacement"), make_base(QUICK_SIZES, VOCAB_SIZE)
-    cached, prefix = build_from_scratch(model, utterances, make_collator(16), batch_size=3, folder=tmp_path)
+    cached, _ = build_from_scratch(model, utterances, make_collator(16), batch_size=3, folder=tmp_path)
     head, optimizer = make_head(base, QUICK_SIZES)
     copy_weights(head, model)
     batch = pad_cached([cached[row] for row in range(6)])
@@ -109,10 +110,10 @@ def test_all_loops_learn(utterances, adapted, tmp_path):
     losses.append(head.eval()(**batch).item())
     assert losses[0] > losses[1] > losses[2]
 
-    packed = PackedCollator(prefix.name)([cached[row] for row in range(6)])
-    before = model.eval()(**packed).loss.item()
-    run_bare_epochs(model, cached, prefix.name, batch_size=3, num_epochs=2)
-    assert model.eval()(**packed).loss.item() < before
+    packed, objective = pack_states([cached[row] for row in range(6)]), CTCObjective(model)
+    before = objective.eval()(**packed)["loss"].item()
+    run_bare_epochs(model, cached, batch_size=3, num_epochs=2)
+    assert objective.eval()(**packed)["loss"].item() < before
 
 
 def test_computed_frames_are_counted_by_batches():

@@ -23,13 +23,12 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from data.augmentation import Augmentation
-from data.collators import CTCCollator
+from data.collators import CTCCollator, pack_states
 from data.state_cache import (
     CACHE_NAME,
     SCRATCH_PREFIX,
     CachedUtterances,
     FeatureCache,
-    PackedCollator,
     build_cache,
     digest_utterances,
     resolve_cache_folder,
@@ -47,7 +46,8 @@ import numpy as np, torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from data.utterances import UtteranceDataset
-from data.state_cache import CachedUtterances, PackedCollator
+from data.collators import pack_states
+from data.state_cache import CachedUtterances
 
 def read(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -80,7 +80,7 @@ cached = build(large)
 opening = read("VmHWM") - before
 before = read("RssAnon")
 peak = before
-for batch in DataLoader(cached, batch_size=8, collate_fn=PackedCollator("classifier")):
+for batch in DataLoader(cached, batch_size=8, collate_fn=pack_states):
     peak = max(peak, read("RssAnon"))
 reading = peak - before
 before = read("RssAnon")
@@ -428,12 +428,11 @@ def test_utterances_that_never_change_have_one_variant(dataset, tmp_path):
 def test_cached_utterances_are_drawn_by_length_and_packed(dataset, tmp_path):
     cached = build_utterances(dataset, tmp_path)
     sampler = SeededLengthSampler(3, cached, seed=0, find_epoch=lambda: 0)
-    loader = DataLoader(cached, batch_size=3, sampler=sampler, collate_fn=PackedCollator("classifier"))
+    loader = DataLoader(cached, batch_size=3, sampler=sampler, collate_fn=pack_states)
     batches = list(loader)
     assert sorted(length for batch in batches for length in batch["logits_lengths"].tolist()) == sorted(cached.lengths)
     assert max(batches[0]["logits_lengths"]) == max(cached.lengths)
     for batch in batches:
-        assert batch["frozen_prefix"] == "classifier"
         assert batch["frozen_states"]["hidden_states"].shape == (batch["logits_lengths"].sum(), 16)
 
 

@@ -7,11 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from modeling.adapters import adapters_off, is_adapter_parameter
 from training.adapter_dropout import AdapterDropout, seed_dropout
-from training.frozen_prefix import FrozenPrefix, find_frozen_prefix
+from training.frozen_part import FrozenPrefix, find_frozen_prefix
+from training.objectives.recognition import CTCObjective
+from training.packed_deepspeech2 import PackedBatch
 
 LENGTHS = [40, 29, 28, 11]
 LABELS = torch.tensor([[3, 3, 5, 1], [6, 7, -100, -100], [-100] * 4, [2, 2, 8, -100]])
@@ -77,9 +80,16 @@ def pack(prefix: FrozenPrefix, batch: dict[str, torch.Tensor], dtype: torch.dtyp
             name: pack_padded_sequence(value, lengths, batch_first=True).data.to(dtype or value.dtype)
             for name, value in states.items()
         },
-        "frozen_prefix": prefix.name,
         "logits_lengths": lengths,
     }
+
+
+def measure(model: DeepSpeech2ForCTC, batch: dict, labels: torch.Tensor = LABELS) -> torch.Tensor:
+    return CTCObjective(model)(**batch, labels=labels)["loss"]
+
+
+def measure_each(model: DeepSpeech2ForCTC, batch: dict, names: list[str]) -> torch.Tensor:
+    return CTCObjective(model).measure_adapters({**batch, "labels": LABELS, "adapter_names": names})
 
 
 def gradients(model: DeepSpeech2ForCTC, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -104,7 +114,7 @@ def test_loss_and_gradients_behind_the_prefix_are_those_of_the_whole_model(place
     model.to(dtype)
     batch = make_batch(dtype)
     whole = model(**batch, labels=LABELS, output_base_logits=False).loss
-    packed = model(**pack(find_frozen_prefix(model), batch), labels=LABELS)
+    packed = measure(model, pack(find_frozen_prefix(model), batch))
 
     # The padded loss is computed in fp32, so it is recomputed here from its logits in the model's precision.
     logits = model(**batch, output_base_logits=False).logits
@@ -112,11 +122,10 @@ def test_loss_and_gradients_behind_the_prefix_are_those_of_the_whole_model(place
     exact = nn.functional.ctc_loss(
         logits.log_softmax(-1).transpose(0, 1), LABELS.clamp(min=0), lengths, (4, 2, 0, 3), reduction=reduction
     )
-    assert packed.loss.dtype == dtype
-    assert packed.losses is None
-    torch.testing.assert_close(packed.loss, exact, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(packed.loss.float(), whole, atol=1e-5, rtol=1e-5)
-    ours, theirs = gradients(model, packed.loss), gradients(model, exact)
+    assert packed.dtype == dtype
+    torch.testing.assert_close(packed, exact, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(packed.float(), whole, atol=1e-5, rtol=1e-5)
+    ours, theirs = gradients(model, packed), gradients(model, exact)
     assert any(value.abs().max() > 1e-3 for value in theirs.values())
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, atol=tolerance * (1 + exact.item()), rtol=tolerance)
@@ -127,15 +136,15 @@ def test_logits_behind_the_prefix_are_those_of_the_whole_model(place):
     model = make_model()
     add_adapter(model, place)
     batch = make_batch()
-    packed = pack(find_frozen_prefix(model), batch)
+    prefix = find_frozen_prefix(model)
+    packed = pack(prefix, batch)
     with torch.no_grad():
-        whole, ours = model(**batch), model(**packed)
+        whole = model(**batch)
+        ours = PackedBatch(prefix, packed["frozen_states"], packed["logits_lengths"]).compute_logits()
 
-    torch.testing.assert_close(ours.logits, whole.logits, atol=1e-5, rtol=1e-5)
-    assert ours.logits_lengths.tolist() == whole.logits_lengths.tolist() == [20, 15, 14, 6]
-    logits, lengths = model(**packed, return_dict=False)
-    assert torch.equal(lengths, whole.logits_lengths)
-    torch.testing.assert_close(logits, whole.logits, atol=1e-5, rtol=1e-5)
+    assert packed["logits_lengths"].tolist() == whole.logits_lengths.tolist() == [20, 15, 14, 6]
+    expected = pack_padded_sequence(whole.logits, whole.logits_lengths, batch_first=True).data
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("place", ["mlp", "replacement", "bottleneck"])
@@ -145,16 +154,16 @@ def test_states_say_what_the_base_says_with_the_adapter_off(place):
     add_adapter(model, place)
     packed = pack(find_frozen_prefix(model), make_batch())
     with adapters_off(model):
-        torch.testing.assert_close(model(**packed, labels=LABELS).loss, base, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(measure(model, packed), base, atol=1e-5, rtol=1e-5)
 
 
 def test_an_mlp_needs_no_more_than_its_input():
     model = make_model()
     add_adapter(model, "mlp")
     packed = pack(find_frozen_prefix(model), make_batch())
-    both = model(**packed, labels=LABELS).loss
+    both = measure(model, packed)
     del packed["frozen_states"]["base_output"]
-    assert model(**packed, labels=LABELS).loss.item() == pytest.approx(both.item(), rel=1e-6)
+    assert measure(model, packed).item() == pytest.approx(both.item(), rel=1e-6)
 
 
 def test_adapters_at_two_stages_train_together():
@@ -165,7 +174,7 @@ def test_adapters_at_two_stages_train_together():
     model.double()
     batch = make_batch(torch.float64)
     prefix = find_frozen_prefix(model)
-    packed = model(**pack(prefix, batch), labels=LABELS).loss
+    packed = measure(model, pack(prefix, batch))
     whole = model(**batch, labels=LABELS, output_base_logits=False).loss
 
     assert prefix.name == "encoder.rnn_layers.1"
@@ -180,8 +189,8 @@ def test_states_in_half_precision_are_computed_with_in_the_model_s():
     model = make_model()
     add_adapter(model, "mlp")
     prefix = find_frozen_prefix(model)
-    exact = model(**pack(prefix, make_batch()), labels=LABELS).loss
-    half = model(**pack(prefix, make_batch(), torch.bfloat16), labels=LABELS).loss
+    exact = measure(model, pack(prefix, make_batch()))
+    half = measure(model, pack(prefix, make_batch(), torch.bfloat16))
 
     assert half.dtype == torch.float32
     assert half.item() == pytest.approx(exact.item(), rel=0.01)
@@ -199,10 +208,9 @@ def test_stacked_adapters_get_the_losses_and_gradients_that_they_get_alone(place
     seed_dropout(model, 7)
     for module in model.modules():
         module.training = isinstance(module, AdapterDropout)
-    together = model(**packed, adapter_names=names, labels=LABELS)
-    stacked = gradients(model, together.loss)
+    together = measure_each(model, packed, names)
+    stacked = gradients(model, together.sum())
 
-    assert together.loss.item() == pytest.approx(together.losses.sum().item(), abs=1e-12)
     for index, (name, rows) in enumerate({"alice": [0, 2], "bob": [1], "carol": [3]}.items()):
         alone = make_model().double()
         add_adapter(alone, place, name, dropout=0.4)
@@ -213,8 +221,8 @@ def test_stacked_adapters_get_the_losses_and_gradients_that_they_get_alone(place
         seed_dropout(alone, 7)
         for module in alone.modules():
             module.training = isinstance(module, AdapterDropout)
-        loss = alone(**inputs, labels=LABELS[rows]).loss
-        assert together.losses[index].item() == pytest.approx(loss.item(), abs=1e-10)
+        loss = measure(alone, inputs, LABELS[rows])
+        assert together[index].item() == pytest.approx(loss.item(), abs=1e-10)
         for key, gradient in gradients(alone, loss).items():
             torch.testing.assert_close(stacked[key], gradient, atol=1e-10, rtol=1e-10)
 
@@ -227,8 +235,7 @@ def test_losses_of_a_stack_are_each_adapter_s_own():
     model.set_adapter(["alice", "bob"])
     model.double()
     packed = pack(find_frozen_prefix(model), make_batch(torch.float64))
-    losses = model(**packed, adapter_names=names, labels=LABELS).losses
-    reversed_losses = model(**packed, adapter_names=names[::-1], labels=LABELS).losses
+    losses, reversed_losses = measure_each(model, packed, names), measure_each(model, packed, names[::-1])
 
     assert losses.shape == (2,)
     blocks = model.classifier.speech_adapter_blocks
@@ -252,11 +259,13 @@ def test_logits_of_a_stack_are_each_adapter_s_own():
     for name in ("alice", "bob"):
         add_adapter(model, "bottleneck", name)
     model.set_adapter(["alice", "bob"])
-    packed = pack(find_frozen_prefix(model), make_batch())
+    prefix = find_frozen_prefix(model)
+    packed = pack(prefix, make_batch())
     with torch.no_grad():
-        ours = model(**packed, adapter_names=names).logits
+        ours = PackedBatch(prefix, packed["frozen_states"], packed["logits_lengths"], names).compute_logits()
         with model.adapter_rows(names):
             theirs = model(**make_batch()).logits
+    theirs = pack_padded_sequence(theirs, packed["logits_lengths"], batch_first=True).data
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -296,8 +305,7 @@ def test_states_made_in_inference_mode_can_be_trained_on():
     states, lengths = find_frozen_prefix(model)({"input_features": make_batch()["input_features"][:1]})
     frames = {name: value[0] for name, value in states.items()}
     assert frames["hidden_states"].is_inference()
-    loss = model(frozen_states=frames, frozen_prefix="classifier", logits_lengths=lengths, labels=LABELS[:1]).loss
-    loss.backward()
+    measure(model, {"frozen_states": frames, "logits_lengths": lengths}, LABELS[:1]).backward()
     assert model.classifier.speech_adapter_blocks["alice"][0].weight.grad.abs().max() > 0
 
 
@@ -309,7 +317,7 @@ def test_only_real_frames_are_computed():
     for module in model.encoder.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.Linear)):
             module.register_forward_hook(lambda _module, args, _output: num_frames.append(len(args[0])))
-    model(**packed, labels=LABELS).loss.backward()
+    measure(model, packed).backward()
 
     # Norms of three layers; two maps of the adapters behind the convolutions and behind each layer.
     assert num_frames == [20 + 15 + 14 + 6] * (3 + 2 * 4)
@@ -330,7 +338,7 @@ def test_a_base_that_trains_from_a_layer_on_is_cut_before_that_layer():
     model.encoder.rnn_layers[2].requires_grad_(True)
     model.classifier.requires_grad_(True)
     prefix = find_frozen_prefix(model)
-    packed = model(**pack(prefix, make_batch(torch.float64)), labels=LABELS).loss
+    packed = measure(model, pack(prefix, make_batch(torch.float64)))
     whole = model(**make_batch(torch.float64), labels=LABELS).loss
 
     assert (prefix.name, prefix.states) == ("encoder.rnn_layers.2", ("hidden_states",))
@@ -394,23 +402,20 @@ def test_digest_includes_buffers_and_frozen_adapters_that_act():
 
 
 def test_states_that_do_not_fit_are_refused():
-    model = make_model()
+    model, layered = make_model(), make_model()
     add_adapter(model, "replacement")
+    add_adapter(layered, "bottleneck")
     packed = pack(find_frozen_prefix(model), make_batch())
     frames = packed["frozen_states"]["hidden_states"]
 
-    with pytest.raises(ValueError, match="`frozen_prefix` must be one of encoder.conv, .*, classifier, got 'head'"):
-        model(**{**packed, "frozen_prefix": "head"}, labels=LABELS)
-    with pytest.raises(ValueError, match=r"`frozen_states` must be what .* at classifier, got \['base_output'\]"):
-        model(**{**packed, "frozen_states": {"base_output": frames}}, labels=LABELS)
-    with pytest.raises(ValueError, match=r"`frozen_states` must be what .* at encoder.conv, got \['hidden_states'\]"):
-        model(**{**packed, "frozen_prefix": "encoder.conv"}, labels=LABELS)
+    with pytest.raises(ValueError, match=r"`frozen_states` must be what .* at classifier, .* got \['base_output'\]"):
+        measure(model, {**packed, "frozen_states": {"base_output": frames}})
+    with pytest.raises(ValueError, match=r"must be what .* at encoder.conv, .*, got \['hidden_states'\]"):
+        measure(layered, packed)
     with pytest.raises(ValueError, match=r"`logits_lengths` must add up to .*, got 54 and \[55\]"):
-        model(**{**packed, "logits_lengths": torch.tensor([20, 15, 14, 5])}, labels=LABELS)
-    with pytest.raises(ValueError, match=r"`logits_lengths` must add up to .*, got None and \[55\]"):
-        model(**{**packed, "logits_lengths": None}, labels=LABELS)
+        measure(model, {**packed, "logits_lengths": torch.tensor([20, 15, 14, 5])})
     with pytest.raises(ValueError, match="`logits_lengths` must be at least 1 and the longest first"):
-        model(**{**packed, "logits_lengths": torch.tensor([15, 20, 14, 6])}, labels=LABELS)
+        measure(model, {**packed, "logits_lengths": torch.tensor([15, 20, 14, 6])})
 
 
 def test_adapter_names_that_do_not_fit_are_refused():
@@ -421,6 +426,47 @@ def test_adapter_names_that_do_not_fit_are_refused():
     message = "`adapter_names` must be one speech adapter of this model a row, got .* for 4 rows"
     for names in (["alice"] * 3, ["alice", "alice", "alice", "zoe"], ["alice", "alice", "alice", "__base__"]):
         with pytest.raises(ValueError, match=message):
-            model(**packed, adapter_names=names, labels=LABELS)
-    with pytest.raises(ValueError, match="`adapter_names` must come with `frozen_states`"):
-        model(**make_batch(), adapter_names=["alice"] * 4)
+            measure_each(model, packed, names)
+    whole = CTCObjective(make_model())
+    for inputs in ({**make_batch(), "adapter_names": ["alice"] * 4}, packed):
+        with pytest.raises(ValueError, match="`frozen_states` and `adapter_names` must go with a recogniser whose"):
+            whole(**inputs, labels=LABELS)
+
+
+@pytest.mark.parametrize("place", ["mlp", "bottleneck"])
+def test_features_go_through_the_frozen_part_first_and_the_rest_on_real_frames(place):
+    model = make_model()
+    add_adapter(model, place)
+    objective, batch, shuffled = CTCObjective(model), make_batch(), [2, 0, 3, 1]
+    expected = measure(model, pack(find_frozen_prefix(model), batch))
+    rows = {name: value[shuffled] for name, value in batch.items()}
+    packed = objective.run_frozen({**rows, "labels": LABELS[shuffled], "adapter_names": ["a", "b", "c", "d"]})
+    assert packed["logits_lengths"].tolist() == [20, 15, 14, 6]
+    assert packed["adapter_names"] == ["b", "d", "a", "c"]
+    assert torch.equal(packed["labels"], LABELS)
+    torch.testing.assert_close(objective(**rows, labels=LABELS[shuffled])["loss"], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_an_adapter_that_looks_at_whole_rows_trains_on_whole_batches():
+    model = make_model()
+    model.add_adapter(SpeechAdapterConfig(kind="transformer", target_modules=["encoder.conv"]), "alice")
+    objective = CTCObjective(model)
+    assert objective.prefix is None
+    batch = {**make_batch(), "labels": LABELS}
+    torch.testing.assert_close(objective(**batch)["loss"], model(**batch).loss, atol=1e-6, rtol=1e-6)
+
+
+def test_a_recogniser_of_transformers_trains_by_its_own_loss():
+    model = Wav2Vec2ForCTC(
+        Wav2Vec2Config(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8, 8],
+            conv_stride=[5, 4], conv_kernel=[10, 8], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+            vocab_size=12, ctc_loss_reduction="mean",
+        )
+    ).eval()  # fmt: skip
+    objective = CTCObjective(model)
+    batch = {"input_values": torch.randn(4, 900), "labels": LABELS}
+    loss = objective(**batch)["loss"]
+    assert objective.prefix is None
+    assert loss == model(**batch).loss
+    assert objective(**batch, shares={"utterances": torch.tensor(0.5)})["loss"] == loss / 2

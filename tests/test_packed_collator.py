@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from data.state_cache import PackedCollator
+from data.collators import pack_states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -22,7 +22,7 @@ def test_packed_frames_are_in_the_order_of_torch(source, dtype):
         rows["inference"] = list(torch.split(whole[:17].clone(), lengths))
     examples = [{"states": {"h": states}, "labels": [row] * row} for row, states in enumerate(rows[source])]
 
-    batch = PackedCollator("encoder.conv")(examples)
+    batch = pack_states(examples)
 
     order = [1, 3, 4, 0, 2]
     expected = pack_sequence([rows[source][row] for row in order])
@@ -40,4 +40,4 @@ def test_packed_rows_keep_their_adapters():
         {"states": {"h": torch.ones(length, 2)}, "labels": [1], "adapter_name": name}
         for length, name in ((1, "ann"), (3, "ben"), (2, "ann"))
     ]
-    assert PackedCollator("classifier")(examples)["adapter_names"] == ["ben", "ann", "ann"]
+    assert pack_states(examples)["adapter_names"] == ["ben", "ann", "ann"]

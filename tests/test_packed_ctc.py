@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from modeling import packed_ctc as packed_ctc_module
-from modeling.packed_ctc import check_labels_fit, count_repeats, packed_ctc, packed_linear_ctc
+from modeling.ctc_labels import check_labels_fit, count_repeats
+from training import packed_ctc as packed_ctc_module
+from training.packed_ctc import packed_ctc, packed_linear_ctc
 
 LENGTHS = torch.tensor([9, 7, 7, 3, 1])
 # Repeats, an empty transcript, a row of one frame, and a row that needs every frame that it has.

@@ -25,8 +25,7 @@ from publishing.card import CardSubject
 from recipes import train_ctc
 from recipes.personalize import main
 from training.personal import PersonalArguments, save_personal_outcome
-from training.personalize_many import list_unfinished, read_finished
-from training.stacks import StackMember, train_stack
+from training.stacks import StackMember, list_unfinished, read_finished, train_stack
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -105,7 +104,7 @@ def test_personalize_all_gives_the_same_adapters_in_stacks_of_one(personalize, m
         sizes.append(len(members))
         return train_stack(model, members, *args, **kwargs)
 
-    monkeypatch.setattr("training.personalize_many.train_stack", count)
+    monkeypatch.setattr("training.stacks.train_stack", count)
     together = personalize("two", "ann", "ben")
     apart = personalize("one", "ann", "ben", flags=("--speakers_per_stack", 1))
     assert sizes == [2, 1, 1]
@@ -255,7 +254,7 @@ def test_a_late_process_trains_its_share_though_others_have_finished_theirs(pers
     def receive(values: list) -> None:
         values[0] = ["ann", "ben"]  # what the first process had found
 
-    monkeypatch.setattr("training.personalize_many.broadcast_object_list", receive)
+    monkeypatch.setattr("training.stacks.broadcast_object_list", receive)
     monkeypatch.setattr("accelerate.PartialState.is_main_process", False)
     assert list_unfinished(names, str(folder), is_resumed=True) == ["ann", "ben"]
 

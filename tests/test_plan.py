@@ -20,8 +20,8 @@ from recipes import train_ctc
 from recipes.plan import Planner, find_available_bytes, find_recipe, main
 from training.arguments import parse_arguments
 from training.corpus_arguments import CorpusArguments
-from training.frozen_part import CacheArguments, FrozenPart
-from training.frozen_prefix import find_frozen_prefix
+from training.frozen_part import CacheArguments, cache_frozen_part
+from training.objectives.recognition import CTCObjective
 from training.personal import PersonalArguments, SpeakerLoader
 from training.planning import (
     OPTIMIZERS,
@@ -34,7 +34,7 @@ from training.planning import (
     quantize_shapes,
 )
 from training.trainer import RecipeTrainingArguments, set_frozen_modules_to_eval
-from training.trial import SavedBytes, draw_batch, pack_states, run_trial
+from training.trial import SavedBytes, draw_batch, run_trial
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -92,7 +92,7 @@ def make_adapted(kind: str, **options) -> DeepSpeech2ForCTC:
     return model
 
 
-def measure_saved(model: nn.Module, batch: dict) -> int:
+def measure_saved(objective: CTCObjective, batch: dict) -> int:
     """Bytes of the storages that autograd saves in a forward pass, parameters left out."""
     saved = []
 
@@ -101,9 +101,9 @@ def measure_saved(model: nn.Module, batch: dict) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**batch).loss.backward()
+        objective(**batch)["loss"].backward()
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
@@ -157,7 +157,7 @@ def test_plan_counts_the_bytes_that_a_real_step_leaves(optim, tmp_path):
     counted = count_optimizer_bytes(model, optim)
     args = RecipeTrainingArguments(output_dir=str(tmp_path / "out"), optim=optim, use_cpu=True)
     batches = [draw_batch(model, num_rows=2, seconds=0.5, num_tokens=4)] * 2
-    assert run_trial(model, args, batches).optimizer_bytes == counted
+    assert run_trial(CTCObjective(model), args, batches).optimizer_bytes == counted
     assert not (tmp_path / "out").exists()
     model(**batches[0]).loss.backward()
     gradients = sum(value.grad.nbytes for value in model.parameters() if value.grad is not None)
@@ -172,7 +172,7 @@ def test_plan_counts_the_momentum_that_optim_args_ask_for(optim, tmp_path):
     batches = [draw_batch(model, num_rows=1, seconds=0.5, num_tokens=4)] * 2
     counted = count_optimizer_bytes(model, **options)
     assert counted > count_optimizer_bytes(model, optim)
-    assert run_trial(model, args, batches).optimizer_bytes == counted
+    assert run_trial(CTCObjective(model), args, batches).optimizer_bytes == counted
 
 
 def test_plan_keeps_32_bits_for_embeddings_under_8_bit_optimizers():
@@ -229,10 +229,11 @@ def test_trial_measures_the_tensors_that_a_real_step_saves(kind, tmp_path):
     model = make_adapted(kind, dropout=0.0)
     batch = draw_batch(model, num_rows=3, seconds=1.0, num_tokens=5)
     args = RecipeTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    trial = run_trial(model, args, [batch, batch], prefix=find_frozen_prefix(model))
-    model.train()
-    set_frozen_modules_to_eval(model)
-    saved = measure_saved(model, pack_states(find_frozen_prefix(model), batch, []))
+    objective = CTCObjective(model)
+    trial = run_trial(objective, args, [batch, batch])
+    objective.train()
+    set_frozen_modules_to_eval(objective)
+    saved = measure_saved(objective, objective.run_frozen(batch))
     assert trial.activation_bytes == saved + 4  # the Trainer weighs the loss by the tokens of the step
     assert trial.step_seconds > 0
     assert trial.frozen_seconds > 0
@@ -240,11 +241,12 @@ def test_trial_measures_the_tensors_that_a_real_step_saves(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mlp", "bottleneck", "replacement"])
 def test_activations_estimated_behind_a_frozen_part_are_about_those_of_a_step(kind):
-    model = make_adapted(kind).train()
-    set_frozen_modules_to_eval(model)
-    batch = pack_states(find_frozen_prefix(model), draw_batch(model, num_rows=3, seconds=2.0, num_tokens=20), [])
+    model = make_adapted(kind)
+    objective = CTCObjective(model).train()
+    set_frozen_modules_to_eval(objective)
+    batch = objective.run_frozen(draw_batch(model, num_rows=3, seconds=2.0, num_tokens=20))
     estimated = estimate_activations(model, num_frames=int(batch["logits_lengths"].sum()), is_packed=True)
-    assert estimated == pytest.approx(measure_saved(model, batch), rel=0.25)
+    assert estimated == pytest.approx(measure_saved(objective, batch), rel=0.25)
 
 
 def test_activations_estimated_of_a_whole_model_are_about_those_of_a_step():
@@ -252,7 +254,7 @@ def test_activations_estimated_of_a_whole_model_are_about_those_of_a_step():
     batch = draw_batch(model, num_rows=3, seconds=2.0, num_tokens=20)
     lengths = model.get_logits_lengths(batch["input_features"], batch["attention_mask"])
     estimated = estimate_activations(model, num_frames=int(lengths.sum()), is_packed=False)
-    assert estimated == pytest.approx(measure_saved(model, batch), rel=0.25)
+    assert estimated == pytest.approx(measure_saved(CTCObjective(model), batch), rel=0.25)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "bottleneck"])
@@ -264,7 +266,7 @@ def test_plan_tells_the_size_of_the_cache_that_the_recipe_builds(plan, small_bas
     personal, corpus = PersonalArguments(str(small_base), ["ann"]), CorpusArguments(str(small_corpus))
     data = SpeakerLoader(personal, corpus, Augmentation(), processor, **options).load("ann")
     arguments = CacheArguments(cache_dtype="bfloat16", cache_dir=str(tmp_path))
-    cached = FrozenPart(model, processor, arguments, batch_size=4).prepare(data.train)
+    cached = cache_frozen_part(data.train, CTCObjective(model).prefix, processor, arguments, batch_size=4)
     built = sum(state.nbytes for index in range(len(cached)) for state in cached[index]["states"].values())
     assert planned["cache"]["bytes"] == pytest.approx(built, rel=0.01)
     assert planned["cache"]["variants"] == 1

@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling.packed_frames import PackedOrder
-from modeling.recurrence import GRURecurrence, ReverseRows, run_bidirectional_gru
+from training.objectives.recognition import CTCObjective
+from training.packed_frames import PackedOrder
+from training.recurrence import GRURecurrence, ReverseRows, quick_recurrences, run_bidirectional_gru
 
 LENGTHS = torch.tensor([7, 5, 5, 1])
 
@@ -119,13 +120,28 @@ def test_layers_in_training_and_in_evaluation_are_one_function(tiny_model, monke
         layers.append(gru)
         return run_bidirectional_gru(gru, *args)
 
-    monkeypatch.setattr("modeling.modeling_deepspeech2.run_bidirectional_gru", count)
-    batch = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(4))
-    with_gradient = tiny_model(batch).logits
-    assert len(layers) == tiny_model.config.num_hidden_layers
+    monkeypatch.setattr("training.recurrence.run_bidirectional_gru", count)
+    num_layers, weights = tiny_model.config.num_hidden_layers, dict(tiny_model.named_parameters())
+    batch = {
+        "input_features": torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(4)),
+        "attention_mask": (torch.arange(30) < torch.tensor([[21], [30]])).long(),
+        "labels": torch.tensor([[1, 2], [3, 4]]),
+    }
+    objective = CTCObjective(tiny_model)
+    objective(**batch)["loss"].backward()
+    gradients = {name: weight.grad.clone() for name, weight in weights.items()}
+    assert len(layers) == num_layers
     with torch.no_grad():
-        without = tiny_model(batch).logits
-    assert len(layers) == tiny_model.config.num_hidden_layers  # no more: torch's own layers ran
+        loss = objective(**batch)["loss"]
+    tiny_model.zero_grad()
+    output = tiny_model(**batch)
+    output.loss.backward()
+    assert len(layers) == num_layers  # no more: torch's own layers ran
 
-    assert with_gradient.requires_grad
-    torch.testing.assert_close(with_gradient.detach(), without, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, output.loss.detach(), atol=1e-5, rtol=1e-5)
+    for name, weight in weights.items():
+        assert (gradients[name] - weight.grad).norm() <= 1e-3 * weight.grad.norm()
+    with quick_recurrences(tiny_model):
+        quick = tiny_model(**batch).logits
+    assert len(layers) == 2 * num_layers
+    torch.testing.assert_close(quick, output.logits, atol=1e-5, rtol=1e-5)

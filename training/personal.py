@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from data.augmentation import Augmentation
@@ -18,13 +19,12 @@ from inference.scoring import evaluate_dataset
 from modeling import SpeechAdapterConfig
 from modeling.adapter_files import save_adapter
 from modeling.adapter_loading import locate_base
-from modeling.adapters import ADAPTER_WEIGHTS_NAME
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, find_adapter_layers
 from modeling.files import write_whole
 from publishing.card import CardArguments, CardSubject, write_card
 from publishing.hub import HubTarget
 from publishing.report import draw_speakers, write_results
 from training.corpus_arguments import CorpusArguments, load_split
-from training.stacks import find_stacked_blocks
 from training.trainer import RecipeTrainingArguments
 
 # The adapter's name inside the model; a speaker's own name never becomes part of a path.
@@ -236,6 +236,12 @@ def score_datasets(model, processor, datasets: dict[str, UtteranceDataset], batc
         name: evaluate_dataset(model, processor, dataset, batch_size=batch_size)["overall"]
         for name, dataset in datasets.items()
     }
+
+
+def find_stacked_blocks(model: nn.Module, adapter_name: str) -> nn.ModuleList:
+    """Returns the modules of a speech adapter in `model`."""
+    blocks = [layer.find_block(adapter_name) for layer in find_adapter_layers(model)]
+    return nn.ModuleList(block for block in blocks if block is not None)
 
 
 def count_sizes(model: PreTrainedModel, adapter_name: str | None = None) -> dict[str, int]:

@@ -15,7 +15,7 @@ from data.corpora import load_corpus
 from data.domain_clips import select_domain
 from data.speakers import select_speakers
 from modeling.adapters import SpeechAdapterLayer, is_adapter_parameter
-from training.frozen_prefix import FrozenPrefix
+from training.frozen_part import FrozenPrefix
 from training.personal import ALL_SPEAKERS
 
 # Tensors of a parameter's shape that an optimizer keeps: torch's of its dtype, with a step counter of 4 bytes.

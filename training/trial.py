@@ -3,7 +3,7 @@
 import copy
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from data.audio import SAMPLING_RATE
-from data.state_cache import PackedCollator
-from training.frozen_prefix import FrozenPrefix
+from training.objectives.recognition import CTCObjective
 from training.trainer import AdapterTrainer
 
 
@@ -108,28 +107,6 @@ def draw_batch(model: PreTrainedModel, *, num_rows: int, seconds: float, num_tok
     }
 
 
-def pack_states(
-    prefix: FrozenPrefix, batch: Mapping[str, torch.Tensor], adapter_names: Sequence[str]
-) -> dict[str, object]:
-    """
-    Returns what the model trains on behind `prefix`.
-
-    Args:
-        prefix: The frozen part, which runs here.
-        batch: From [`draw_batch`].
-        adapter_names: Adapters that share the rows, if they are several.
-    """
-    states, lengths = prefix(batch)
-    rows = [
-        {"states": {name: value[row, :num_frames] for name, value in states.items()}, "labels": batch["labels"][row]}
-        for row, num_frames in enumerate(lengths.tolist())
-    ]
-    if len(adapter_names) > 1:
-        for index, row in enumerate(rows):
-            row["adapter_name"] = adapter_names[index * len(adapter_names) // len(rows)]
-    return PackedCollator(prefix.name)(rows)
-
-
 class _Batches(Dataset):
     def __init__(self, batches: Sequence[dict]):
         self.batches = batches
@@ -170,36 +147,34 @@ def read_clock() -> float:
 
 
 def run_trial(
-    model: PreTrainedModel,
+    objective: CTCObjective,
     training_args: TrainingArguments,
     batches: Sequence[dict],
     *,
-    prefix: FrozenPrefix | None = None,
     adapter_names: Sequence[str] = (),
 ) -> Trial:
     """
     Returns what a step on each of two batches told, taken by the recipes' own Trainer.
 
     Args:
-        model: With memory; its weights change.
+        objective: Of a recogniser with memory; its weights change.
         training_args: Of the training; nothing is written where they say.
         batches: The longest and a typical one.
-        prefix: Runs before the steps, if the training does so.
-        adapter_names: As for [`pack_states`].
+        adapter_names: Adapters that share the rows, if they are several.
     """
-    model.to(training_args.device)
+    objective.to(training_args.device)
     frozen_seconds = 0.0
-    if prefix is not None:
+    if objective.prefix is not None:
         packed = []
         for batch in batches:
             start = read_clock()
-            packed.append(pack_states(prefix, batch, adapter_names))
+            packed.append(objective.run_frozen(batch | share_rows(adapter_names, len(batch["labels"]))))
             frozen_seconds = read_clock() - start
         batches = packed
-    watch = _Watch(model)
+    watch = _Watch(objective)
     with tempfile.TemporaryDirectory() as folder:
         trainer = AdapterTrainer(
-            model=model,
+            objective,
             args=shorten_batch(training_args, folder, num_steps=len(batches)),
             train_dataset=_Batches(batches),
             data_collator=lambda items: items[0],
@@ -208,6 +183,13 @@ def run_trial(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return Trial(watch.saved.peak, watch.optimizer_bytes, watch.step_seconds, frozen_seconds)
+
+
+def share_rows(adapter_names: Sequence[str], num_rows: int) -> dict[str, list[str]]:
+    """Returns the adapter of each row, as many rows each, where there are several adapters."""
+    if len(adapter_names) < 2:
+        return {}
+    return {"adapter_names": [adapter_names[row * len(adapter_names) // num_rows] for row in range(num_rows)]}
 
 
 def shorten_batch(training_args: TrainingArguments, folder: str, *, num_steps: int) -> TrainingArguments:

@@ -5,38 +5,37 @@ from functools import cached_property
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.nn.utils.rnn import PackedSequence
 
-from .adapters import SpeechAdapterLayer
-from .packed_ctc import packed_ctc, packed_linear_ctc
-from .packed_frames import PackedOrder
+from modeling.adapters import SpeechAdapterLayer
+from training.frozen_part import FrozenPrefix
+from training.packed_ctc import packed_ctc, packed_linear_ctc
+from training.packed_frames import PackedOrder
 
 
 class PackedBatch:
     """
-    States that a [`FrozenPrefix`] of a model has made, on their way through the rest of the model.
+    States that the frozen part of a model has made, on their way through the rest of the model.
 
     Args:
-        model: A [`DeepSpeech2ForCTC`].
+        prefix: The frozen part.
         states: `hidden_states`, `base_output` or both, each packed `(frames, width)`, in any precision.
-        prefix: Name of the stage behind which, or inside which, the states were made.
         lengths: Frames of each row `(batch,)`, longest first.
         adapter_names: The adapter of each row. Default: the active one, if any.
 
     Raises:
-        ValueError: The states are not those of such a stage, their frames do not add up to the lengths, or there is
-            not one speech adapter of this model a row.
+        ValueError: The states are not those of the prefix, their frames do not add up to the lengths, or there is not
+            one speech adapter of this model a row.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        prefix: FrozenPrefix,
         states: Mapping[str, torch.Tensor],
-        prefix: str | None,
-        lengths: torch.Tensor | None,
-        adapter_names: Sequence[str] | None,
+        lengths: torch.Tensor,
+        adapter_names: Sequence[str] | None = None,
     ):
-        self.model, self.stages = model, model.stages()
+        self.model, self.stages = prefix.model, prefix.model.stages()
         self.prefix, self.adapter_names = prefix, adapter_names
         self._check_states(states, lengths)
         # Saving states for the backward pass takes tensors that were not made in inference mode.
@@ -44,7 +43,7 @@ class PackedBatch:
         self.order = PackedOrder(lengths, next(iter(states.values())).device)
         self.hidden_states, self.base_output = states.get("hidden_states"), states.get("base_output")
         if self.hidden_states is not None:
-            self.hidden_states = self.hidden_states.to(model.dtype)
+            self.hidden_states = self.hidden_states.to(self.model.dtype)
         if adapter_names is not None:
             self._check_adapter_names()
 
@@ -87,28 +86,17 @@ class PackedBatch:
         frames = number_of_frame.argsort(stable=True).split(number_of_frame.bincount().tolist())
         return dict(zip(numbers, frames, strict=True))
 
-    def _check_states(self, states: Mapping[str, torch.Tensor], lengths: torch.Tensor | None) -> None:
-        if self.prefix not in self.stages:
-            raise ValueError(f"`frozen_prefix` must be one of {', '.join(self.stages)}, got {self.prefix!r}.")
-        stage, names = self.stages[self.prefix], set(states)
-        is_adapted = isinstance(stage, SpeechAdapterLayer)
-        acting = (stage.active_adapters if self.adapter_names is None else self.adapter_names) if is_adapted else []
-        blocks = [stage.find_block(name) for name in acting]
-        is_legal = {
-            ("hidden_states",): self.prefix != "encoder.conv",
-            ("base_output",): is_adapted and all(block is None or block.kind == "bottleneck" for block in blocks),
-            ("base_output", "hidden_states"): is_adapted,
-        }
-        if not is_legal.get(tuple(sorted(names)), False):
+    def _check_states(self, states: Mapping[str, torch.Tensor], lengths: torch.Tensor) -> None:
+        names, needed = set(states), set(self.prefix.states)
+        if names != needed and not names == {"hidden_states"} < needed:  # an MLP can run its base itself
             raise ValueError(
-                f"`frozen_states` must be what the model needs at {self.prefix}, got {sorted(names)}. Make them with "
-                "`find_frozen_prefix(model)`."
+                f"`frozen_states` must be what the model needs at {self.prefix.name}, {sorted(needed)}, got "
+                f"{sorted(names)}. Build the cache anew."
             )
         num_frames = {len(value) for value in states.values()}
-        if lengths is None or num_frames != {int(lengths.sum())}:
-            expected = None if lengths is None else int(lengths.sum())
+        if num_frames != {int(lengths.sum())}:
             raise ValueError(
-                f"`logits_lengths` must add up to the frames of `frozen_states`, got {expected} and "
+                f"`logits_lengths` must add up to the frames of `frozen_states`, got {int(lengths.sum())} and "
                 f"{sorted(num_frames)}. Pack them without padding."
             )
 
@@ -124,9 +112,9 @@ class PackedBatch:
     def _reach_classifier(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Runs what stands before the classifier; returns the classifier's input and, if known, its base's output."""
         hidden_states, base_output = self.hidden_states, self.base_output
-        names = list(self.stages)
-        for name in names[names.index(self.prefix) : -1]:
-            if name not in (self.prefix, "encoder.rnn_layers.0"):
+        names, first = list(self.stages), self.prefix.name
+        for name in names[names.index(first) : -1]:
+            if name not in (first, "encoder.rnn_layers.0"):
                 hidden_states = self.model.encoder.dropout(hidden_states)
             hidden_states, base_output = self._run_layer(self.stages[name], hidden_states, base_output), None
         return hidden_states, base_output
@@ -137,7 +125,7 @@ class PackedBatch:
         is_adapted = isinstance(layer, SpeechAdapterLayer)
         if base_output is None:
             base = layer.get_base_layer() if is_adapted else layer
-            base_output = base.run_packed(hidden_states, self.order)
+            base_output = base.run_packed(PackedSequence(hidden_states, torch.tensor(self.order.batch_sizes))).data
         return self._adapt(layer, hidden_states, base_output, self._frames_of) if is_adapted else base_output
 
     def _adapt(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .packed_frames import PackedOrder
+from modeling.ctc_labels import check_labels_fit
+from training.packed_frames import PackedOrder
 
 # Logits that are computed together: 4 MiB in fp32, which stay in a processor's cache.
 CHUNK_LOGITS = 2**20
@@ -143,7 +144,7 @@ def packed_linear_ctc(
 
     ```python
     >>> import torch
-    >>> from modeling.packed_ctc import packed_linear_ctc
+    >>> from training.packed_ctc import packed_linear_ctc
 
     >>> hidden, weight = torch.zeros(3, 4), torch.zeros(2, 4)  # two classes, each as likely, in every frame
     >>> loss = packed_linear_ctc(hidden, weight, None, torch.tensor([[1], [1]]), torch.tensor([2, 1]), blank=0)
@@ -185,37 +186,6 @@ def packed_ctc(
             blank=blank,
             reduction=reduction,
         )
-
-
-def check_labels_fit(labels: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """
-    Returns how many labels each row has `(batch,)`.
-
-    Args:
-        labels: Classes `(batch, tokens)`, negative beyond a transcript's end.
-        lengths: Frames of logits of each row `(batch,)`.
-
-    Raises:
-        ValueError: A transcript needs more frames than there are (CTC would be infinite).
-    """
-    lengths, label_lengths = lengths.cpu(), (labels >= 0).sum(-1).cpu()
-    required = label_lengths + count_repeats(labels).cpu()
-    if (required > lengths).any():
-        rows = (required > lengths).nonzero().flatten().tolist()
-        raise ValueError(
-            f"`labels` must fit the audio, got rows {rows} with {required[rows].tolist()} frames needed (labels "
-            f"and repeats) and {lengths[rows].tolist()} there. Drop these utterances or check their transcripts."
-        )
-    return label_lengths
-
-
-def count_repeats(labels: torch.Tensor) -> torch.Tensor:
-    """
-    Returns how often a label follows itself in `labels` `(batch, tokens)`, padded with negative values: `(batch,)`.
-
-    CTC needs a blank between two equal labels, so a transcript needs its labels and its repeats in frames.
-    """
-    return ((labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] >= 0)).sum(-1)
 
 
 def _accumulating_dtype(dtype: torch.dtype) -> torch.dtype:

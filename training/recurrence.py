@@ -7,11 +7,14 @@ third of the time. Each step computes only the rows that still have a frame.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
-from .packed_frames import PackedOrder
+from training.packed_frames import PackedOrder
 
 
 class GRURecurrence(torch.autograd.Function):
@@ -117,6 +120,37 @@ def run_bidirectional_gru(gru: nn.GRU, frames: torch.Tensor, order: PackedOrder)
     states = GRURecurrence.apply(gates, weight_hh.transpose(1, 2), bias_hh.unsqueeze(1), order.batch_sizes)
     forward, backward = states.unbind(0)
     return torch.cat([forward, ReverseRows.apply(backward, order.reverse)], dim=-1)
+
+
+@contextmanager
+def quick_recurrences(model: nn.Module) -> Iterator[None]:
+    """
+    Makes the bidirectional GRUs of `model` run as above on packed frames, where gradients are wanted on a CPU.
+
+    Under autocast, elsewhere and without gradients they stay torch's own; what is no plain GRU is left alone.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is nn.GRU and module.bidirectional and module.num_layers == 1 and module.bias
+    ]
+    for layer in layers:
+        layer.forward = partial(_run_gru, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _run_gru(gru: nn.GRU, packed: PackedSequence, states: torch.Tensor | None = None) -> tuple:
+    is_quick = isinstance(packed, PackedSequence) and states is None and torch.is_grad_enabled()
+    if not is_quick or packed.data.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return nn.GRU.forward(gru, packed, states)
+    rows = torch.arange(int(packed.batch_sizes[0]))
+    order = PackedOrder((packed.batch_sizes.unsqueeze(1) > rows).sum(0))
+    frames = run_bidirectional_gru(gru, packed.data, order)
+    return PackedSequence(frames, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), None
 
 
 def _list_steps(batch_sizes: Sequence[int]) -> Iterator[tuple[slice, int]]:

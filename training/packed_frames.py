@@ -26,7 +26,7 @@ class PackedOrder:
 
     ```python
     >>> import torch
-    >>> from modeling.packed_frames import PackedOrder
+    >>> from training.packed_frames import PackedOrder
 
     >>> order = PackedOrder(torch.tensor([3, 2, 1]))
     >>> order.batch_sizes, order.rows.tolist(), order.reverse.tolist()
