@@ -88,10 +88,18 @@ def test_negative_numbers_are_values(config):
 
 
 def test_a_mapping_reaches_the_training_arguments(config, tmp_path):
-    kwargs = "{num_cycles: 2, share: 1e-4, mode: min, on: true, steps: [1, x]}"
+    kwargs = "{num_cycles: 2, share: 1e-4, mode: min, on: true, steps: [1, x], quoted: 'null', bare: null}"
     path = config(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {kwargs}\nuse_cpu: true")
     (arguments,) = parse_arguments(RecipeTrainingArguments, argv=["--config", path])
-    expected = {"num_cycles": 2, "share": 1e-4, "mode": "min", "on": True, "steps": [1, "x"]}
+    expected = {
+        "num_cycles": 2,
+        "share": 1e-4,
+        "mode": "min",
+        "on": True,
+        "steps": [1, "x"],
+        "quoted": "null",
+        "bare": None,
+    }
     assert arguments.lr_scheduler_kwargs == expected
 
 
@@ -115,7 +123,7 @@ def test_a_key_that_stands_twice_is_refused(config):
         parse("--config", path)
 
 
-@pytest.mark.parametrize("name", ["-take.wav", "--take.wav", "--rank", "a=b.wav", "-1.wav"])
+@pytest.mark.parametrize("name", ["-take.wav", "--take.wav", "--rank", "a=b.wav", "-1.wav", "--"])
 def test_a_file_is_a_file_whatever_its_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).touch()
@@ -176,6 +184,12 @@ def test_a_value_of_another_type_ends_with_the_flag_s_name(config, text, capsys)
         parse("--config", config(text))
     assert stop.value.code == 2
     assert f"argument --{text.partition(':')[0]}" in capsys.readouterr().err
+
+
+def test_a_config_without_a_file_ends_with_the_flag_s_name(capsys):
+    with pytest.raises(SystemExit):
+        parse("--rank", "2", "--config")
+    assert "argument --config: expected one argument" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_named():
