@@ -12,7 +12,7 @@ IGNORED_LABEL = -100
 @dataclass(frozen=True)
 class CTCCollator:
     """
-    Pads `input_features` with the feature extractor and `labels` with -100; packs what has cached states instead.
+    Pads the model's inputs with the feature extractor and `labels` with -100; packs what has cached states instead.
 
     Args:
         processor: Feature extractor and CTC tokenizer of the model.
@@ -22,13 +22,15 @@ class CTCCollator:
 
     def __call__(self, examples: list[dict]) -> dict[str, object]:
         """
-        Returns `input_features` `(batch, frames, mel)`, `attention_mask` `(batch, frames)` and `labels`
+        Returns inputs such as `input_features` `(batch, frames, mel)`, `attention_mask` `(batch, frames)` and `labels`
         `(batch, tokens)`, or what [`pack_states`] does; and `adapter_names` where the examples have `adapter_name`.
         """
         if "states" in examples[0]:
             return pack_states(examples)
-        features = [{"input_features": example["input_features"]} for example in examples]
-        batch = self.processor.feature_extractor.pad(features, padding=True, return_tensors="pt")
+        extractor = self.processor.feature_extractor
+        name = extractor.model_input_names[0]
+        features = [{name: example[name]} for example in examples]
+        batch = extractor.pad(features, padding=True, return_tensors="pt", return_attention_mask=True)
         return {**batch, "labels": _pad_labels(examples), **_name_adapters(examples)}
 
 

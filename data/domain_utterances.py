@@ -67,6 +67,7 @@ class DomainUtterances(torch.utils.data.Dataset):
         origins = list(clips["utterance"])
         numbers = {key: number for number, key in enumerate(dict.fromkeys(origins[rows[0]] for rows in self.groups))}
         self.utterances = [numbers[origins[rows[0]]] for rows in self.groups]
+        self.speaker_ids = speaker_ids
 
     def _fit(self, rows: list[int], max_samples: int) -> list[list[int]]:
         """Returns `rows` as groups none of which is longer than a model hears."""
@@ -91,6 +92,14 @@ class DomainUtterances(torch.utils.data.Dataset):
         for index, utterance in enumerate(self.utterances):
             texts.setdefault(utterance, self.find_text(index))
         return list(texts.values())
+
+    @property
+    def speakers(self) -> list[str]:
+        """The speaker of every utterance, "" for one not known."""
+        speakers = {}
+        for rows, utterance in zip(self.groups, self.utterances, strict=True):
+            speakers.setdefault(utterance, self.speaker_ids[rows[0]])
+        return list(speakers.values())
 
     @property
     def lengths(self) -> list[int]:

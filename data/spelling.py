@@ -8,7 +8,7 @@ import regex
 from datasets import Dataset
 
 from .left_out import NUM_NAMED, report_left_out
-from .text import find_language, find_text_unit, find_unknown_characters, name_characters
+from .text import find_language, find_text_unit, find_unknown_characters, list_writable, name_characters
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def find_faults(texts: Sequence[str], tokenizer) -> dict[int, str]:
         {1: 'no word'}
     """
     faults = {row: "no word" for row, text in enumerate(texts) if not text}
-    unknown = find_unknown_characters(texts, tokenizer.get_vocab(), text_unit=find_text_unit(tokenizer))
+    unknown = find_unknown_characters(texts, list_writable(tokenizer), text_unit=find_text_unit(tokenizer))
     rows: dict[int, list[str]] = {}
     for character, numbers in unknown.items():
         for number in numbers:
@@ -74,7 +74,7 @@ def note_unspelled(texts: Sequence[str], tokenizer) -> None:
         raise ValueError(
             f"`text` must have a word in some reference, got {len(texts)} without. Check the transcripts."
         )
-    unknown = find_unknown_characters(texts, tokenizer.get_vocab(), text_unit=find_text_unit(tokenizer))
+    unknown = find_unknown_characters(texts, list_writable(tokenizer), text_unit=find_text_unit(tokenizer))
     if unknown:
         logger.warning(
             "%d of %d references have characters outside the model's vocabulary, which count as errors: %s.",

@@ -4,7 +4,7 @@ import html
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, partial
 
 import regex
@@ -123,6 +123,8 @@ def find_normalizer(tokenizer) -> Callable[[str], str]:
     vocabulary can spell by them.
     """
     normalize = partial(normalize_text, language=find_language(tokenizer))
+    if writes_capitals(tokenizer):
+        return lambda text: normalize(text).upper()
     if tokenizer.init_kwargs.get(TRANSCRIPTS):
         return normalize
     spellable, text_unit = {" ", *tokenizer.get_vocab()}, find_text_unit(tokenizer)
@@ -132,6 +134,18 @@ def find_normalizer(tokenizer) -> Callable[[str], str]:
         return before if spellable.issuperset(split_text(before, text_unit)) else normalize(text)
 
     return keep
+
+
+def writes_capitals(tokenizer) -> bool:
+    """Whether a recogniser writes capitals alone, as many of the Hub do: no class has a small letter."""
+    letters = {token for token in tokenizer.get_vocab() if len(token) == 1 and token.isalpha()}
+    return any(map(str.isupper, letters)) and not any(map(str.islower, letters))
+
+
+def list_writable(tokenizer) -> set[str]:
+    """Returns the characters that a recogniser can write: its classes, or the letters of those that are word parts."""
+    vocabulary = set(tokenizer.get_vocab())
+    return vocabulary if hasattr(tokenizer, "word_delimiter_token") else vocabulary.union(*vocabulary)
 
 
 def find_text_unit(tokenizer) -> str:
@@ -222,14 +236,14 @@ def build_vocabulary(texts: Iterable[str], *, text_unit: str = "character") -> d
 
 
 def find_unknown_characters(
-    texts: Iterable[str], vocabulary: Mapping[str, int], *, text_unit: str = "character"
+    texts: Iterable[str], vocabulary: Collection[str], *, text_unit: str = "character"
 ) -> dict[str, list[int]]:
     """
     Returns the characters that a vocabulary lacks, each with the numbers of the rows that hold it, counted from 1.
 
     Args:
         texts: Normalised transcripts, one a row.
-        vocabulary: Token to id, as from `build_vocabulary`.
+        vocabulary: Characters, as the keys of `build_vocabulary` or from `list_writable`.
         text_unit: "character" or "jamo".
 
     Example:
@@ -238,7 +252,7 @@ def find_unknown_characters(
     """
     rows: dict[str, list[int]] = {}
     for number, text in enumerate(texts, start=1):
-        for character in sorted(set(split_text(text, text_unit)) - {" "} - vocabulary.keys()):
+        for character in sorted(set(split_text(text, text_unit)) - {" "} - set(vocabulary)):
             rows.setdefault(character, []).append(number)
     return rows
 

@@ -312,14 +312,21 @@ class UtteranceDataset(torch.utils.data.Dataset):
         return np.concatenate(clips)
 
     def __getitem__(self, index: int) -> dict:
-        """Returns `input_features` `(frames, mel)` and `labels` `(tokens,)` of one utterance."""
+        """Returns the model's input, such as `input_features` `(frames, mel)`, and `labels` of one utterance."""
         generator = np.random.default_rng([self.seed, self.epoch, index])
-        extractor = self.processor.feature_extractor
-        features = extractor.normalize(extractor.log_mel(self.hear(index, generator)))
-        if self.augmentation:
-            features = self.augmentation.mask(features, generator)
+        name, features = self._extract(self.hear(index, generator), generator)
         reference = " ".join(self.texts[row] for row in self.groups[index])
-        return {"input_features": features.numpy(), "labels": self.processor.tokenizer(reference).input_ids}
+        return {name: features, "labels": self.processor.tokenizer(reference).input_ids}
+
+    def _extract(self, samples: np.ndarray, generator: np.random.Generator) -> tuple[str, np.ndarray]:
+        extractor = self.processor.feature_extractor
+        name = extractor.model_input_names[0]
+        if not hasattr(extractor, "log_mel"):  # of transformers: waves, or features that its models mask themselves
+            options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "np", "return_attention_mask": True}
+            inputs = extractor(samples, **options)
+            return name, inputs[name][0][: int(inputs["attention_mask"][0].sum())]
+        features = extractor.normalize(extractor.log_mel(samples))
+        return name, (self.augmentation.mask(features, generator) if self.augmentation else features).numpy()
 
 
 __all__ = [

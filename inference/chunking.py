@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedModel, ProcessorMixin
 
 from data.audio import MIX, AudioSource, stream_audio
 from inference.beam_search import BeamDecoder
@@ -122,7 +121,7 @@ class Chunking:
 
     @classmethod
     def fit(
-        cls, model: PreTrainedModel, processor: ProcessorMixin, *, chunk_seconds: float, overlap_seconds: float
+        cls, samples_per_frame: int, sampling_rate: int, *, chunk_seconds: float, overlap_seconds: float
     ) -> "Chunking":
         """
         Returns the nearest chunks of whole frames.
@@ -130,8 +129,7 @@ class Chunking:
         Raises:
             ValueError: The overlap is negative or not shorter than the chunk.
         """
-        sampling_rate = processor.feature_extractor.sampling_rate
-        seconds_per_frame = model.config.inputs_to_logits_ratio / sampling_rate
+        seconds_per_frame = samples_per_frame / sampling_rate
         overlap_frames = round(overlap_seconds / seconds_per_frame)
         step_frames = round(chunk_seconds / seconds_per_frame) - overlap_frames
         if step_frames < 1 or overlap_frames < 0:

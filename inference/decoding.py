@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -19,6 +19,12 @@ from inference.chunking import Chunking, ChunkStitcher, RecordingPath
 from modeling.adapters import BASE, adapter_rows, load_speech_adapter
 from modeling.whole_models import load_whole
 
+# A caption ends at a longer pause, and before it has more characters: two lines of television's 42.
+CAPTION_PAUSE_SECONDS, CAPTION_CHARACTERS = 0.8, 84
+# Models whose states change with the padding behind a clip.
+HEAR_PADDING = ("wav2vec2-bert",)
+# What stands for the space before a word in tokens that are parts of words: of SentencePiece, of byte-level BPE.
+SPACE_MARKS = ("\u2581", "\u0120")
 BUFFERED_BATCHES = 4  # chunks of so many batches wait to be sorted by duration
 
 
@@ -32,12 +38,60 @@ class Word:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Something said without a break, with its first and last moment in seconds."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Transcript:
-    """What was recognised in a recording of `seconds` seconds."""
+    """
+    What was recognised in a recording.
+
+    Args:
+        text: All of it.
+        words: Its words with their times; none where the model knows the times of segments alone.
+        seconds: Duration of the recording.
+        segments: What is said without a break, where the model knows times of that alone.
+    """
 
     text: str
     words: list[Word]
     seconds: float
+    segments: list[Segment] = field(default_factory=list)
+
+    @property
+    def captions(self) -> list[Segment]:
+        """The segments or, of a model that knows the times of words, lines of words."""
+        return self.segments or group_words(self.words)
+
+
+def group_words(words: Sequence[Word]) -> list[Segment]:
+    """
+    Returns words as captions: a new one after a pause or where a line is full.
+
+    Example:
+
+    ```python
+    >>> from inference.decoding import Word, group_words
+
+    >>> words = [Word("turn", 0.2, 0.5), Word("left", 0.6, 0.9), Word("now", 2.5, 2.8)]
+    >>> [(segment.text, segment.start, segment.end) for segment in group_words(words)]
+    [('turn left', 0.2, 0.9), ('now', 2.5, 2.8)]
+
+    ```
+    """
+    groups: list[list[Word]] = []
+    for word in words:
+        last = groups[-1] if groups else []
+        num_characters = sum(len(other.word) + 1 for other in last) + len(word.word)
+        if not last or word.start - last[-1].end > CAPTION_PAUSE_SECONDS or num_characters > CAPTION_CHARACTERS:
+            groups.append([])
+        groups[-1].append(word)
+    return [Segment(" ".join(word.word for word in group), group[0].start, group[-1].end) for group in groups]
 
 
 def locate_words(processor: ProcessorMixin, ids: np.ndarray, *, seconds_per_frame: float) -> list[Word]:
@@ -49,6 +103,8 @@ def locate_words(processor: ProcessorMixin, ids: np.ndarray, *, seconds_per_fram
         ids: Class of every frame.
         seconds_per_frame: Duration of a frame.
     """
+    if not hasattr(processor.tokenizer, "word_delimiter_token"):
+        return _locate_subwords(processor.tokenizer, ids, seconds_per_frame)
     offsets = processor.decode(ids.tolist(), output_word_offsets=True).word_offsets
     return [
         Word(
@@ -58,6 +114,26 @@ def locate_words(processor: ProcessorMixin, ids: np.ndarray, *, seconds_per_fram
             round(float(offset["end_offset"] * seconds_per_frame), 3),
         )
         for offset in offsets
+    ]
+
+
+def _locate_subwords(tokenizer, ids: np.ndarray, seconds_per_frame: float) -> list[Word]:
+    """Words of tokens that are parts of words: a new one begins with the mark of a space."""
+    starts = np.flatnonzero(np.diff(ids, prepend=-1))
+    spans: list[list[int]] = []  # first frame, frame behind the last one, tokens
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        token = int(ids[start])
+        if token == tokenizer.pad_token_id:
+            continue
+        if not spans or tokenizer.convert_ids_to_tokens(token).startswith(SPACE_MARKS):
+            spans.append([int(start), int(end)])
+        spans[-1][1] = int(end)
+        spans[-1].append(token)
+    words = [(tokenizer.decode(tokens, group_tokens=False).strip(), start, end) for start, end, *tokens in spans]
+    return [
+        Word(word, round(start * seconds_per_frame, 3), round(end * seconds_per_frame, 3))
+        for word, start, end in words
+        if word
     ]
 
 
@@ -129,17 +205,86 @@ def recognize_batch(
 
     Args:
         model: CTC model in evaluation mode.
-        batch: `input_features` `(batch, frames, mel)` and `attention_mask` `(batch, frames)`.
+        batch: The model's inputs, such as `input_features` `(batch, frames, mel)`, and `attention_mask`.
         adapter_names: Adapter of each row, `"__base__"` for none. Default: the active one on all.
         store: Has the adapters. Default: the model has them.
         as_log_probs: Log-probabilities `(frames, classes)` for a beam search, not the likeliest classes `(frames,)`.
     """
-    inputs = {name: batch[name].to(model.device) for name in ("input_features", "attention_mask")}
-    with store.rows(adapter_names) if store else adapter_rows(model, adapter_names):
-        output = model(**inputs, output_base_logits=False)
-    frames = output.logits.float().log_softmax(-1) if as_log_probs else output.logits.argmax(-1)
-    lengths = output.logits_lengths.tolist()
-    return [row[:length] for row, length in zip(frames.cpu().numpy(), lengths, strict=True)]
+    rows: list[np.ndarray] = [np.empty(0)] * len(batch["attention_mask"])
+    for indices, inputs in _split_padding(model, batch):
+        names = None if adapter_names is None else [adapter_names[index] for index in indices]
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        with store.rows(names) if store else adapter_rows(model, names):
+            logits = model(**inputs).logits
+        frames = logits.float().log_softmax(-1) if as_log_probs else logits.argmax(-1)
+        lengths = count_logits(model, inputs["attention_mask"].sum(-1)).tolist()
+        for index, row, length in zip(indices, frames.cpu().numpy(), lengths, strict=True):
+            rows[index] = row[:length]
+    return rows
+
+
+def _split_padding(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Iterator[tuple[list[int], dict]]:
+    """
+    Yields the batch, or rows of one length at a time where padding would change what a row says.
+
+    Models with group normalisation over time (Wav2Vec2 and HuBERT base) take no notice of the mask there, nor do the
+    convolutions at the end of Wav2Vec2-BERT.
+    """
+    name, mask = model.main_input_name, batch["attention_mask"]
+    lengths = mask.sum(-1).tolist()
+    is_heard = getattr(model.config, "feat_extract_norm", None) == "group" or model.config.model_type in HEAR_PADDING
+    if not is_heard or len(set(lengths)) == 1:
+        yield list(range(len(lengths))), {name: batch[name], "attention_mask": mask}
+        return
+    for length in sorted(set(lengths)):
+        indices = [index for index, other in enumerate(lengths) if other == length]
+        yield indices, {name: batch[name][indices, :length], "attention_mask": mask[indices, :length]}
+
+
+def count_logits(model: PreTrainedModel, input_lengths: torch.Tensor) -> torch.Tensor:
+    """
+    Returns how many frames of logits a CTC model makes of inputs (samples or frames of features) of these lengths.
+
+    Raises:
+        ValueError: It does not say.
+    """
+    for module in (model, model.base_model, getattr(model, "encoder", None)):
+        for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
+            if count := getattr(module, name, None):
+                return torch.as_tensor(count(input_lengths)).to(torch.long)
+    raise ValueError(
+        "`model_name_or_path` must be a model that says how many frames it makes "
+        f"(`_get_feat_extract_output_lengths`), got a {type(model).__name__}, which does not."
+    )
+
+
+def find_samples_per_logit(model: PreTrainedModel, processor: ProcessorMixin) -> int:
+    """
+    Returns how many samples of audio a frame of logits stands for.
+
+    From the configuration of our own models, and of others counted: Wav2Vec2-BERT's says another number.
+    """
+    if hasattr(processor.feature_extractor, "log_mel"):
+        return model.config.inputs_to_logits_ratio
+    few, many = count_logits(model, torch.tensor([10_000, 1_010_000])).tolist()
+    inputs_per_logit = round(1_000_000 / (many - few))
+    extractor = processor.feature_extractor
+    if model.main_input_name == "input_values":
+        return inputs_per_logit
+    return inputs_per_logit * _find_hop(extractor)
+
+
+def _find_hop(extractor) -> int:
+    """Samples a frame of features; extractors without a hop make one every 10 ms, some of which stack them."""
+    hop = getattr(extractor, "hop_length", None) or extractor.sampling_rate // 100
+    return hop * getattr(extractor, "stride", 1)
+
+
+def extract_inputs(processor: ProcessorMixin, clips: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Returns what a CTC model takes of clips `(samples,)`, padded, with their `attention_mask`."""
+    extractor = processor.feature_extractor
+    options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "return_attention_mask": True}
+    return dict(extractor(list(clips), padding=True, **options))
 
 
 def transcribe_recordings(*arguments, **options) -> list[Transcript | AudioError]:
@@ -185,7 +330,8 @@ def iterate_transcripts(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    chunking = Chunking.fit(model, processor, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
+    samples_per_frame, rate = find_samples_per_logit(model, processor), processor.feature_extractor.sampling_rate
+    chunking = Chunking.fit(samples_per_frame, rate, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
     results: dict[int, Transcript | AudioError] = {}
     paths: dict[int, RecordingPath] = {}
     lengths: dict[int, list[int]] = {}
@@ -266,7 +412,7 @@ def _recognize_chunks(
     frames: list[np.ndarray] = [np.empty(0)] * len(chunks)
     for rows in batches:
         samples = [chunks[row][1] for row in rows]
-        batch = processor(samples, sampling_rate=processor.feature_extractor.sampling_rate, return_tensors="pt")
+        batch = extract_inputs(processor, samples)
         names = None if adapter_names is None else [adapter_names[row] for row in rows]
         outputs = recognize_batch(model, batch, adapter_names=names, store=store, as_log_probs=as_log_probs)
         for row, output in zip(rows, outputs, strict=True):

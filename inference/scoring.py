@@ -1,12 +1,17 @@
 """Word and character error rates of a recogniser over a corpus."""
 
+from collections.abc import Callable
+
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from data.collators import CTCCollator
+from data.domain_utterances import DomainUtterances
 from data.metrics import score_by_speaker
+from data.prompts import Prompt
 from data.text import find_language
 from data.utterances import UtteranceDataset
+from inference.answering import answer
 from inference.beam_search import BeamDecoder, clean_text
 from inference.decoding import recognize_batch
 
@@ -55,3 +60,47 @@ def evaluate_dataset(
     model.train(was_training)
     language = find_language(processor.tokenizer)
     return score_by_speaker(hypotheses, dataset.references, dataset.speakers, language=language)
+
+
+def score_answers(
+    model: PreTrainedModel,
+    prompt: Prompt,
+    dataset: DomainUtterances,
+    *,
+    normalize: Callable[[str], str],
+    batch_size: int,
+    max_new_tokens: int,
+    language: str | None = None,
+) -> dict[str, dict]:
+    """
+    Scores what a model says about recordings, such as a Whisper's transcripts.
+
+    Args:
+        model: Whisper or Qwen2-Audio; it is left in evaluation or training mode as it was.
+        prompt: What asks it.
+        dataset: The utterances; parts of a long clip are answered one by one and joined.
+        normalize: Makes reference and answer comparable.
+        batch_size: Clips answered together, sorted by duration.
+        max_new_tokens: Most tokens of an answer.
+        language: Code of the speech's language.
+
+    Returns:
+        As [`score_by_speaker`].
+    """
+    lengths = dataset.lengths
+    order = sorted(range(len(dataset)), key=lengths.__getitem__)
+    answers = [""] * len(dataset)
+    was_training = model.training
+    model.eval()
+    for start in tqdm(range(0, len(order), batch_size), desc="evaluating", unit="batch", disable=None):
+        rows = order[start : start + batch_size]
+        items = [dataset[row] for row in rows]
+        chats = [(item["instruction"], [item["samples"]]) for item in items]
+        for row, text in zip(rows, answer(model, prompt, chats, max_new_tokens=max_new_tokens), strict=True):
+            answers[row] = text
+    model.train(was_training)
+    references = [normalize(text) for text in dataset.references]
+    hypotheses = [""] * len(references)
+    for row, utterance in enumerate(dataset.utterances):
+        hypotheses[utterance] = f"{hypotheses[utterance]} {normalize(answers[row])}".strip()
+    return score_by_speaker(hypotheses, references, dataset.speakers, language=language)

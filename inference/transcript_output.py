@@ -1,4 +1,4 @@
-"""What transcribe.py writes: a line or a JSON entry for each recording, as soon as it is done."""
+"""What transcribe.py writes: a line, a JSON entry or captions for each recording, as soon as it is done."""
 
 import json
 import os
@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass
 
 from data.audio import CHANNEL_NUMBERS, MIX, AudioError, AudioSource, count_channels, open_source, parse_channel
 from data.audio_files import STDIN
-from inference.decoding import Transcript
+from inference.decoding import Segment, Transcript
 from modeling.files import write_text
 
 ALL_CHANNELS = "all"
+TEXT, JSON, SRT, VTT = FORMATS = ("text", "json", "srt", "vtt")
+# What stands before all of a format's captions, and between the seconds and their fraction.
+CAPTION_STYLES = {SRT: ("", ","), VTT: ("WEBVTT\n\n", ".")}
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def _read_whole(file: str) -> bytes:
 def write_transcripts(
     results: Iterable[tuple[Recording, str | None, Transcript | AudioError]],
     *,
-    as_json: bool,
+    style: str,
     has_names: bool,
     path: str | None,
 ) -> int:
@@ -95,7 +98,7 @@ def write_transcripts(
 
     Args:
         results: Recording, its speaker, and what became of it.
-        as_json: A list of entries in place of lines.
+        style: text (a line each), json (a list of entries), srt or vtt (captions).
         has_names: Whether a line begins with the recording's name and a tab.
         path: File to write in place of standard output; what is done is there even if an error ends the work.
 
@@ -104,7 +107,7 @@ def write_transcripts(
     """
     written: list[str] = []
     write = written.append if path is not None else _print
-    num_errors, is_complete, separator = 0, False, "[\n"
+    num_errors, is_complete, separator, as_json = 0, False, "[\n", style == JSON
     try:
         for recording, speaker, result in results:
             if isinstance(result, AudioError):
@@ -113,6 +116,8 @@ def write_transcripts(
             elif as_json:
                 write(separator + _format_entry(recording, speaker, result))
                 separator = ",\n"
+            elif style in CAPTION_STYLES:
+                write(format_captions(result.captions, style))
             else:
                 write(f"{recording.name}\t{result.text}\n" if has_names else f"{result.text}\n")
         is_complete = True
@@ -124,9 +129,42 @@ def write_transcripts(
     return num_errors
 
 
+def format_captions(captions: Sequence[Segment], style: str) -> str:
+    """
+    Returns captions as a file of SubRip (srt) or WebVTT (vtt).
+
+    Example:
+
+    ```python
+    >>> from inference.decoding import Segment
+    >>> from inference.transcript_output import format_captions
+
+    >>> print(format_captions([Segment("turn left", 0.2, 3661.5)], "srt"), end="")
+    1
+    00:00:00,200 --> 01:01:01,500
+    turn left
+    <BLANKLINE>
+
+    ```
+    """
+    head, mark = CAPTION_STYLES[style]
+    entries = [
+        f"{number}\n{_format_time(caption.start, mark)} --> {_format_time(caption.end, mark)}\n{caption.text}\n\n"
+        for number, caption in enumerate(captions, start=1)
+    ]
+    return head + "".join(entries)
+
+
+def _format_time(seconds: float, mark: str) -> str:
+    minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{milliseconds // 1000:02d}{mark}{milliseconds % 1000:03d}"
+
+
 def _format_entry(recording: Recording, speaker: str | None, said: Transcript) -> str:
     channel = {} if recording.channel == MIX else {"channel": recording.channel}
     entry = {"file": recording.file, **channel, "speaker": speaker, **asdict(said)}
+    if not said.segments:
+        del entry["segments"]
     text = json.dumps(entry, indent=2, ensure_ascii=False)
     # A name that is no UTF-8 holds surrogates, which JSON writes as escapes.
     return textwrap.indent(text.encode("utf-8", "backslashreplace").decode(), "  ")

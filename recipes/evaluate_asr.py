@@ -14,17 +14,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from accelerate import PartialState
-from transformers import ProcessorMixin
+from torch.utils.data import Dataset
 
 from data.annotations import STYLES
 from data.corpora import DEFAULT_SPLIT
 from data.metrics import format_score_table
 from data.speakers import select_speakers
-from data.text import set_language
-from data.utterances import UtteranceDataset, decode_clips
-from inference.beam_search import DecodingArguments, build_decoder
-from inference.decoding import load_recognizer
-from inference.scoring import evaluate_dataset
+from inference.beam_search import DecodingArguments
+from inference.recognizers import Recognizer, open_recognizer
 from modeling.adapters import adapters_off
 from modeling.files import write_text
 from publishing.report import format_table
@@ -95,9 +92,7 @@ class EvaluateArguments:
                 raise ValueError(f"`{name}` must be given with `compare`, got none. Name it or leave out `compare`.")
 
 
-def load_utterances(
-    arguments: EvaluateArguments, processor: ProcessorMixin, samples_per_logit: int
-) -> UtteranceDataset:
+def load_utterances(arguments: EvaluateArguments, recognizer: Recognizer) -> Dataset:
     """Returns the utterances that `arguments` name."""
     needs_speakers = bool(arguments.speaker_id) or arguments.concatenate_max > 1
     columns = ("audio", "text", "speaker_id") if needs_speakers else ("audio", "text")
@@ -106,13 +101,11 @@ def load_utterances(
         logger.warning("`split` is %r, which recipes train on: such scores say nothing of new speech.", DEFAULT_SPLIT)
     if arguments.speaker_id:
         corpus = select_speakers(corpus, arguments.speaker_id)
-    options = {"is_joined": arguments.concatenate_max > 1, "is_evaluation": True}
-    clips = decode_clips(corpus, processor, samples_per_logit=samples_per_logit, **options)
     concatenate = (arguments.concatenate_min, arguments.concatenate_max)
-    return UtteranceDataset(clips, processor, concatenate=concatenate, seed=arguments.seed)
+    return recognizer.load_utterances(corpus, concatenate=concatenate, seed=arguments.seed)
 
 
-def compare_adapter(score, target: UtteranceDataset, base_domain: UtteranceDataset, model) -> dict[str, dict]:
+def compare_adapter(score, target: Dataset, base_domain: Dataset, model) -> dict[str, dict]:
     """
     Returns `{"target": {"on": scores, "off": scores}, "base": likewise}`, overall, with the adapter on and off.
 
@@ -182,22 +175,19 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model and adapter
     adapters = {ADAPTER_NAME: arguments.adapter} if arguments.adapter else {}
-    model, processor = load_recognizer(
-        arguments.model_name_or_path, adapters, allow_base_mismatch=arguments.allow_base_mismatch
-    )
-    set_language(processor.tokenizer, arguments.language)
-    decoder = build_decoder(decoding, processor.tokenizer)
+    options = {"language": arguments.language, "allow_base_mismatch": arguments.allow_base_mismatch}
+    recognizer = open_recognizer(arguments.model_name_or_path, adapters, **options)
+    recognizer.set_search(decoding)
 
     # Data
-    load = partial(load_utterances, processor=processor, samples_per_logit=model.config.inputs_to_logits_ratio)
-    dataset = load(arguments)
+    dataset = load_utterances(arguments, recognizer)
     names = ("dataset", "dataset_config", "text_column", "transcript_style", "channel", "split", "speaker_id")
     base = {name: getattr(arguments, f"base_{name}") for name in names}
-    base_dataset = load(replace(arguments, **base)) if arguments.compare else None
+    base_dataset = load_utterances(replace(arguments, **base), recognizer) if arguments.compare else None
 
     # Evaluate
-    score = partial(evaluate_dataset, model, processor, batch_size=arguments.batch_size, decoder=decoder)
-    scores = compare_adapter(score, dataset, base_dataset, model) if arguments.compare else score(dataset)
+    score = partial(recognizer.score, batch_size=arguments.batch_size)
+    scores = compare_adapter(score, dataset, base_dataset, recognizer.model) if arguments.compare else score(dataset)
 
     # Write
     if PartialState().is_main_process:

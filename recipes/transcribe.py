@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from data.audio import AudioError
 from data.audio_files import STDIN
 from inference.adapter_store import AdapterStore, list_adapter_names, locate_adapter
-from inference.beam_search import DecodingArguments, build_decoder
-from inference.decoding import iterate_transcripts, load_recognizer
-from inference.transcript_output import list_recordings, write_transcripts
+from inference.beam_search import DecodingArguments
+from inference.recognizers import open_recognizer
+from inference.transcript_output import CAPTION_STYLES, TEXT, list_recordings, write_transcripts
 from modeling.adapters import BASE, check_adapter_name
 from training.arguments import parse_arguments
 
@@ -54,8 +54,12 @@ class TranscribeArguments:
     allow_base_mismatch: bool = field(
         default=False, metadata={"help": "Take an adapter that was made for another base."}
     )
-    format: Literal["text", "json"] = field(
-        default="text", metadata={"help": "Lines of file, tab and text (the text alone for one file), or a list."}
+    language: list[str] | None = field(
+        default=None, metadata={"help": "Language code of the speech, such as en, for a Whisper of several languages."}
+    )
+    format: Literal["text", "json", "srt", "vtt"] = field(
+        default="text",
+        metadata={"help": "Lines of file, tab and text (the text alone for one file), a list, or a file's captions."},
     )
     channel: str = field(
         default="mix", metadata={"help": "Of each file: mix, left, right, a number from 1, or all, each on its own."}
@@ -220,26 +224,26 @@ def main(argv: list[str] | None = None) -> int:
     adapters = parse_adapters(arguments.adapter)
     adapter_names = choose_for_files(arguments, adapters)
     recordings = list_recordings(arguments.files, arguments.channel)
+    if arguments.format in CAPTION_STYLES and len(recordings) > 1:
+        raise ValueError(
+            f"`format` {arguments.format} is for one recording, got {len(recordings)}. Run the recipe once for each."
+        )
 
     # Model and adapters
-    model, processor = load_recognizer(
-        arguments.model_name_or_path, adapters, allow_base_mismatch=arguments.allow_base_mismatch
-    )
+    options = {"language": arguments.language, "allow_base_mismatch": arguments.allow_base_mismatch}
+    recognizer = open_recognizer(arguments.model_name_or_path, adapters, **options)
+    recognizer.set_search(decoding, arguments.chunk_seconds, arguments.overlap_seconds)
+    model, processor = recognizer.model, recognizer.processor
     store = open_store(arguments, adapter_names, model, processor) if arguments.adapter_store else None
-    decoder = build_decoder(decoding, processor.tokenizer)
 
     # Transcribe
-    results = iterate_transcripts(
-        model,
-        processor,
+    results = recognizer.transcribe(
         [recording.source for recording in recordings],
         channels=[recording.channel for recording in recordings],
         adapter_names=[adapter_names[recording.file_index] for recording in recordings],
         store=store,
-        chunk_seconds=arguments.chunk_seconds,
-        overlap_seconds=arguments.overlap_seconds,
         batch_size=arguments.batch_size,
-        decoder=decoder,
+        needs_times=arguments.format != TEXT,
     )
 
     # Write
@@ -249,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     speakers = [names[recording.file_index] for recording in recordings]
     num_errors = write_transcripts(
         zip(recordings, speakers, results, strict=True),
-        as_json=arguments.format == "json",
+        style=arguments.format,
         has_names=len(recordings) > 1,
         path=arguments.output_file,
     )

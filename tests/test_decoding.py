@@ -248,9 +248,9 @@ def test_a_long_recording_is_never_in_memory_as_a_whole(tiny_model, tiny_process
 
 
 @pytest.mark.parametrize("overlap_seconds", [-0.1, 20.0, 30.0])
-def test_chunking_refuses_an_overlap_that_is_no_part_of_a_chunk(tiny_model, tiny_processor, overlap_seconds):
+def test_chunking_refuses_an_overlap_that_is_no_part_of_a_chunk(overlap_seconds):
     with pytest.raises(ValueError, match="`overlap_seconds` must be at least 0 and less than `chunk_seconds` .20.0."):
-        Chunking.fit(tiny_model, tiny_processor, chunk_seconds=20.0, overlap_seconds=overlap_seconds)
+        Chunking.fit(320, 16_000, chunk_seconds=20.0, overlap_seconds=overlap_seconds)
 
 
 def test_transcribe_recordings_refuses_an_empty_batch(tiny_model, tiny_processor):

@@ -8,8 +8,8 @@ from data.domain_utterances import DomainUtterances
 from data.metrics import score_by_speaker
 from data.text import normalize_text
 from inference.answering import answer, load_chat
+from inference.scoring import score_answers
 from tests.speech_models import save_base
-from training.domain_results import score_answers
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -28,7 +28,8 @@ def test_parts_of_a_long_clip_are_answered_one_by_one_and_joined(tmp_path, batch
         "num_parts": [1, 2, 2, 1],
     }
     dataset = DomainUtterances(Dataset.from_dict(columns), max_samples=prompt.max_samples)
-    rates = score_answers(model, prompt, dataset, batch_size=batch_size, max_new_tokens=5)
+    options = {"batch_size": batch_size, "max_new_tokens": 5}
+    rates = score_answers(model, prompt, dataset, normalize=normalize_text, **options)["overall"]
 
     words = ["Who?", None, None, "What was said?"]
     said = [

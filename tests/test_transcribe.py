@@ -307,7 +307,7 @@ def test_each_answer_is_written_when_it_is_there(tiny_base, recordings, tmp_path
         yield from islice(iterate_transcripts(*arguments, **options), 1)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(transcribe, "iterate_transcripts", break_down)
+    monkeypatch.setattr("inference.recognizers.iterate_transcripts", break_down)
     base = ["--model_name_or_path", tiny_base, *files]
     for flags in (["--format", "json"], ["--format", "json", "--output_file", str(tmp_path / "out.json")]):
         with pytest.raises(RuntimeError, match="out of memory"):

@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from data.domain_utterances import DomainCollator, DomainUtterances, PairedUtterances
-from data.metrics import score_by_speaker
 from data.prompts import Prompt
 from data.text import normalize_text
-from inference.answering import answer, load_chat
+from inference.answering import load_chat
 from inference.audio_models import find_family
+from inference.scoring import score_answers
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off
 from publishing.card import CardArguments, CardSubject, write_card
 from publishing.domain_report import (
@@ -44,42 +44,6 @@ model = {model_class}.from_pretrained("{{repository}}").eval()
 processor = AutoProcessor.from_pretrained("{{repository}}")  # gives the mask of the features, which the adapter needs
 ```
 """
-
-
-def score_answers(
-    model: PreTrainedModel,
-    prompt: Prompt,
-    dataset: DomainUtterances,
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    language: str | None = None,
-) -> dict[str, float]:
-    """
-    Returns the overall scores of what the model says, as in [`score_by_speaker`], of normalised texts.
-
-    Args:
-        model: In evaluation mode, with adapters or without.
-        prompt: What asks it.
-        dataset: The utterances; parts of a long clip are answered one by one and joined.
-        batch_size: Clips answered together, sorted by duration.
-        max_new_tokens: Most tokens of an answer.
-        language: Code of the speech's language, by which texts are normalised.
-    """
-    lengths = dataset.lengths
-    order = sorted(range(len(dataset)), key=lengths.__getitem__)
-    answers = [""] * len(dataset)
-    for start in tqdm(range(0, len(order), batch_size), desc="evaluating", unit="batch", disable=None):
-        rows = order[start : start + batch_size]
-        items = [dataset[row] for row in rows]
-        chats = [(item["instruction"], [item["samples"]]) for item in items]
-        for row, text in zip(rows, answer(model, prompt, chats, max_new_tokens=max_new_tokens), strict=True):
-            answers[row] = text
-    references = [normalize_text(text, language=language) for text in dataset.references]
-    hypotheses = [""] * len(references)
-    for row, utterance in enumerate(dataset.utterances):
-        hypotheses[utterance] = f"{hypotheses[utterance]} {normalize_text(answers[row], language=language)}".strip()
-    return score_by_speaker(hypotheses, references, [""] * len(references), language=language)["overall"]
 
 
 def measure_errors(
@@ -111,11 +75,12 @@ def measure_errors(
     model, prompt = load_chat(arguments.model_name_or_path, **options)
     score = {"batch_size": batch_size, "max_new_tokens": arguments.max_new_tokens}
     score["language"] = language or arguments.prompt_language
+    score["normalize"] = partial(normalize_text, language=score["language"])
     source, target = datasets
 
     def run() -> dict[str, dict[str, float]]:
         """Scores both domains."""
-        return {name: score_answers(model, prompt, dataset, **score) for name, dataset in datasets.items()}
+        return {name: score_answers(model, prompt, dataset, **score)["overall"] for name, dataset in datasets.items()}
 
     before = run()
     judge = find_rate(list(before.values()))
