@@ -91,6 +91,11 @@ class WhisperRecognizer:
         return self.prompt.processor
 
     @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of a transcript of one window."""
+        return min(MAX_NEW_TOKENS, self.model.config.max_target_positions - len(self.prompt.tokenizer.prefix_tokens))
+
+    @property
     def sampling_rate(self) -> int:
         """Hz."""
         return self.prompt.extractor.sampling_rate
@@ -120,8 +125,7 @@ class WhisperRecognizer:
     def score(self, dataset: DomainUtterances, *, batch_size: int) -> dict[str, dict]:
         """As [`score_answers`], figures and words of numbers the same."""
         normalize = find_score_normalizer(self.prompt.tokenizer, self.language)
-        num_positions = self.model.config.max_target_positions - len(self.prompt.tokenizer.prefix_tokens)
-        options = {"batch_size": batch_size, "max_new_tokens": min(MAX_NEW_TOKENS, num_positions)}
+        options = {"batch_size": batch_size, "max_new_tokens": self.max_new_tokens}
         return score_answers(self.model, self.prompt, dataset, normalize=normalize, language=self.language, **options)
 
 
