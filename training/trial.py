@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -107,17 +106,6 @@ def draw_batch(model: PreTrainedModel, *, num_rows: int, seconds: float, num_tok
     }
 
 
-class _Batches(Dataset):
-    def __init__(self, batches: Sequence[dict]):
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.batches[index]
-
-
 class _Watch(TrainerCallback):
     """Counts the memory of the first step, which warms up, and takes the time of the second."""
 
@@ -176,7 +164,7 @@ def run_trial(
         trainer = AdapterTrainer(
             objective,
             args=shorten_batch(training_args, folder, num_steps=len(batches)),
-            train_dataset=_Batches(batches),
+            train_dataset=list(batches),
             data_collator=lambda items: items[0],
             callbacks=[watch],
         )
