@@ -32,7 +32,7 @@ def read_clips(folder: Path, split: str, column: str, text: str, limit: int) -> 
 def hear(model: WhisperForConditionalGeneration, features: torch.Tensor, language: str | None) -> torch.Tensor:
     """Returns the tokens that the decoder says of an encoder's states."""
     options = {"language": language, "task": "transcribe"} if model.generation_config.is_multilingual else {}
-    return model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=features), max_new_tokens=80, **options)
+    return model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=features), max_new_tokens=60, **options)
 
 
 @torch.no_grad()
@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--audio_column", default="file_name", help="Column of the audio files.")
     parser.add_argument("--text_column", default="text", help="Column of the transcripts.")
     parser.add_argument("--language", default="en", help="Language of the speech.")
-    parser.add_argument("--limit", type=int, default=100, help="Clips at most.")
-    parser.add_argument("--silence", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="Seconds behind a clip.")
+    parser.add_argument("--limit", type=int, default=60, help="Clips at most, from the first on.")
+    parser.add_argument("--silence", type=float, nargs="+", default=[0.0, 1.0], help="Seconds behind a clip.")
     args = parser.parse_args()
     model = WhisperForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32).eval()
     processor = WhisperProcessor.from_pretrained(args.model_name_or_path)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from safetensors import safe_open
 from safetensors.torch import save as serialize_tensors
 from torch import nn
@@ -29,7 +29,7 @@ from transformers.utils.hub import cached_file
 
 from .adapter_files import save_adapter
 from .adapter_layer import is_adapter_parameter
-from .adapter_loading import ADAPTER_WEIGHTS_NAME, load_speech_adapter, locate_base
+from .adapter_loading import ADAPTER_WEIGHTS_NAME, load_speech_adapter, locate_base, name_on_disk
 from .audio_encoders import find_max_inputs, make_encoder
 from .audio_lm_modes import PROJECTOR, find_side, name_part, share_adapters
 from .audio_lm_sides import (
@@ -393,11 +393,22 @@ def _load_side_adapter(
     )  # fmt: skip
     share_adapters(model, name, side)
     weights = _find_file(path_or_repo, f"{subfolder}/{ADAPTER_WEIGHTS_NAME}", hub)
-    if weights is not None and _digest_file(weights) != digest:
+    if weights is None or _digest_file(weights) != digest:
         raise ValueError(
             f"`bundle` must be of one save, got {path_or_repo} whose {subfolder} is of another than {MANIFEST_NAME}. "
             "Save or fetch it again."
         )
+    _restore_precision(side, name, weights)
+
+
+@torch.no_grad()
+def _restore_precision(side: PreTrainedModel, name: str, weights: Path) -> None:
+    """Gives a LoRA the very numbers of its file: transformers 5.23 rounds them to the precision of the base."""
+    cast_adapter_dtype(side, name)
+    with safe_open(weights, "pt") as file:
+        for key, parameter in side.named_parameters():
+            if is_adapter_parameter(key) and f".{name}." in key:
+                parameter.copy_(file.get_tensor(name_on_disk(key.replace(f".{name}.", ".", 1))))
 
 
 @torch.no_grad()
