@@ -323,7 +323,12 @@ def list_names(names: Sequence[str]) -> str:
 
 
 def check_legacy_tensors(
-    argument: str, path: str | Path, *, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]
+    argument: str,
+    path: str | Path,
+    *,
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, torch.Size],
+    layout: str = "KoSpeech's",
 ) -> None:
     """
     Makes sure that a file's weights are all there, and no others.
@@ -333,6 +338,7 @@ def check_legacy_tensors(
         path: The file.
         tensors: Its weights by name.
         shapes: The shapes that they must have.
+        layout: Whose names these are, for messages.
 
     Raises:
         ValueError: A name is missing or left over, a shape is another one, or a number is not finite; all are named.
@@ -340,7 +346,7 @@ def check_legacy_tensors(
     missing, leftover = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if missing or leftover:
         raise ValueError(
-            f"`{argument}` must have the weights of KoSpeech's layout, got {path} with missing names: "
+            f"`{argument}` must have the weights of {layout} layout, got {path} with missing names: "
             f"{list_names(missing)}; leftover names: {list_names(leftover)}. It was made for another architecture."
         )
     others = [
@@ -350,7 +356,7 @@ def check_legacy_tensors(
     ]
     if others:
         raise ValueError(
-            f"`{argument}` must have the shapes of KoSpeech's layout, got {path} with {list_names(others)}. "
+            f"`{argument}` must have the shapes of {layout} layout, got {path} with {list_names(others)}. "
             "It was made for another architecture."
         )
     if broken := [name for name in sorted(tensors) if not tensors[name].isfinite().all()]:

@@ -100,29 +100,30 @@ class EmformerBlocks:
         """Returns rows `(batch, rows, hidden)` as blocks `(batch * blocks, rows of one, hidden)`."""
         return rows.view(len(rows) * self.num_blocks, -1, rows.shape[-1])
 
-    def update(self, key_value: torch.Tensor, _layer_idx: int) -> torch.Tensor:
+    def update(self, key_value: torch.Tensor, memory_key_value: torch.Tensor | None, _layer_idx: int) -> torch.Tensor:
         """
         Returns the keys and values that each block sees, `(batch * blocks, keys, width)`.
 
         Args:
-            key_value: Keys and values of the blocks' own rows `(batch * blocks, rows, width)`, memories first.
+            key_value: Keys and values of the blocks' right contexts and frames `(batch * blocks, rows, width)`.
+            memory_key_value: Those of their memories `(batch * blocks, segments, width)`, where there are summaries.
         """
         block_frames = self.block_segments * self.segment_length
-        frames = key_value[:, -block_frames:]
-        parts = [key_value[:, self.num_memory_rows : -block_frames], *self._before(frames, self.left_context_length)]
+        right, frames = key_value.split([key_value.shape[1] - block_frames, block_frames], 1)
+        parts = [right, *self._before(frames, self.left_context_length), frames]
         if self.max_memory_size:
-            is_mean = not self.has_summaries
-            memory = frames.unflatten(1, (-1, self.segment_length)).mean(2) if is_mean else key_value
-            memory = memory[:, : self.block_segments]
-            parts = [*self._before(memory, self.max_memory_size), memory, *parts]
-        return torch.cat([*parts, frames], 1)
+            if memory_key_value is None:  # a linear map of a mean is the mean of the linear map
+                memory_key_value = frames.unflatten(1, (-1, self.segment_length)).mean(2)
+            parts = [*self._before(memory_key_value, self.max_memory_size), memory_key_value, *parts]
+        return torch.cat(parts, 1)
 
     def _before(self, rows: torch.Tensor, count: int) -> list[torch.Tensor]:
         """The last `count` rows of the block before each block, zeros before the first; none if there is one block."""
         if self.num_blocks == 1 or count == 0:
             return []
-        blocks = rows.unflatten(0, (-1, self.num_blocks))[:, :-1, -count:]
-        return [nn.functional.pad(blocks, (0, 0, 0, 0, 1, 0)).flatten(0, 1)]
+        blocks = rows.unflatten(0, (-1, self.num_blocks))
+        zeros = blocks.new_zeros(len(blocks), 1, count, rows.shape[-1])
+        return [torch.cat([zeros, blocks[:, :-1, -count:]], 1).flatten(0, 1)]
 
     @cached_property
     def attention_mask(self) -> torch.Tensor:

@@ -307,18 +307,19 @@ class EmformerStep:
         """A stream takes one segment at a time: its rows are one block."""
         return rows
 
-    def update(self, key_value: torch.Tensor, layer_idx: int) -> torch.Tensor:
+    def update(self, key_value: torch.Tensor, memory_key_value: torch.Tensor | None, layer_idx: int) -> torch.Tensor:
         """
         Stores the keys and values of the segments' own rows, and returns all that they see `(streams, keys, width)`.
 
         Args:
-            key_value: Keys and values of memory, right context and frames `(streams, rows, width)`.
+            key_value: Keys and values of right context and frames `(streams, rows, width)`.
+            memory_key_value: Those of the memory `(streams, 1, width)`, where there are summaries.
             layer_idx: Of the layer.
         """
         if self.max_memory_size:
-            frames = key_value[:, -self.segment_length :]
-            self._memories.append(key_value[:, 0] if self.has_summaries else frames.mean(1))
-            key_value = key_value[:, self.num_memory_rows :]
+            if memory_key_value is None:  # a linear map of a mean is the mean of the linear map
+                memory_key_value = key_value[:, -self.segment_length :].mean(1, keepdim=True)
+            self._memories.append(memory_key_value[:, 0])
         layer = self.cache.key_values[layer_idx]
         layer.flatten(0, 1).index_copy_(0, self._places, key_value.flatten(0, 1))
         return layer

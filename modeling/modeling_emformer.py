@@ -189,13 +189,13 @@ class EmformerAttention(nn.Module):
         Returns:
             The attended rows and the memories for the layer above, in the same shapes.
         """
-        queries, keys = hidden_states, hidden_states
+        query, key_value = self.emb_to_query(hidden_states), self.emb_to_key_value(hidden_states)
+        memory_key_value = None
         if num_memories := memory.shape[1]:
-            frames = hidden_states[:, -num_memories * blocks.segment_length :]
-            summaries = frames.unflatten(1, (num_memories, -1)).mean(2)
-            queries, keys = torch.cat([hidden_states, summaries], 1), torch.cat([memory, hidden_states], 1)
-        query = self.emb_to_query(queries)
-        key, value = blocks.update(self.emb_to_key_value(keys), self.layer_idx).chunk(2, -1)
+            # The query of a mean is the mean of the queries.
+            summaries = query[:, -num_memories * blocks.segment_length :].unflatten(1, (num_memories, -1)).mean(2)
+            query, memory_key_value = torch.cat([query, summaries], 1), self.emb_to_key_value(memory)
+        key, value = blocks.update(key_value, memory_key_value, self.layer_idx).chunk(2, -1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             self,
@@ -206,7 +206,8 @@ class EmformerAttention(nn.Module):
         )
         attended = self.out_proj(attended.flatten(2))
         if num_memories:
-            attended, memory = attended[:, :-num_memories], self._bound(attended[:, -num_memories:])
+            attended, memory = attended.split([hidden_states.shape[1], num_memories], 1)
+            memory = self._bound(memory)
         return attended, memory
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -251,7 +252,7 @@ class EmformerLayer(GradientCheckpointingLayer):
             The same rows one layer up `(batch, rows, hidden)`.
         """
         rows = blocks.split(hidden_states)
-        memory, rows = rows[:, : blocks.num_memory_rows], rows[:, blocks.num_memory_rows :]
+        memory, rows = rows.split([blocks.num_memory_rows, rows.shape[1] - blocks.num_memory_rows], 1)
         attended, memory = self.attention(self.layer_norm_input(rows), memory, blocks, attention_mask)
         rows = self.dropout(attended) + rows
         rows = self.layer_norm_output(self.pos_ff(rows) + rows)
