@@ -92,7 +92,7 @@ def infer_config(state: Mapping[str, torch.Tensor], *, path: str | Path, **setti
     missing = [name for name in UNSEEN_SETTINGS if name not in settings]
     if missing:
         raise ValueError(
-            f"`{missing[0]}` must be given: no shape in {path} tells it (of {', '.join(missing)}). Take what the model "
+            f"`{missing[0]}` must be given: no shape in {path} tells it. Of {', '.join(missing)}, take what the model "
             "was made with, contexts in frames after the time reduction."
         )
     return EmformerConfig(**sizes, **settings)
