@@ -1,8 +1,8 @@
 """Weights out of pickled checkpoints, without running what they say.
 
 A checkpoint that was saved as a whole model names the classes of its code, and `pickle` would import and call whatever
-it names. Here a name is either on a short list of tensor makers, or a layer of torch or KoSpeech, which becomes an
-inert [`LegacyModule`]; every other name ends the reading.
+it names. Here a name is either on a short list of tensor makers, or of a package that the caller names, whose objects
+become inert [`LegacyModule`]s; every other name ends the reading.
 """
 
 import pickle
@@ -109,6 +109,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
     """
 
     path: Path
+    stand_ins: tuple[str, ...]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -121,10 +122,11 @@ class _RestrictedUnpickler(pickle._Unpickler):
             return GLOBALS[full_name]
         if full_name in CONTAINERS:
             return TensorMaker(partial(self._make_container, CONTAINERS[full_name]))
-        if module in STAND_IN_PACKAGES or module.startswith(tuple(f"{name}." for name in STAND_IN_PACKAGES)):
+        if module in self.stand_ins or module.startswith(tuple(f"{name}." for name in self.stand_ins)):
             return LegacyModule
+        others = ", ".join(name for name in self.stand_ins if name != "torch.nn")
         raise RefusedGlobalError(
-            f"`{self.path}` must hold tensors and layers of torch or KoSpeech only, got the global "
+            f"`{self.path}` must hold tensors and layers of torch or objects of {others} only, got the global "
             f"{full_name[:MAX_SHOWN]!r}. Nothing of it was run; use a file from a source that you trust."
         )
 
@@ -149,9 +151,9 @@ class _RestrictedUnpickler(pickle._Unpickler):
         return load(identity)
 
 
-def _make_pickle_module(path: Path) -> SimpleNamespace:
+def _make_pickle_module(path: Path, stand_ins: tuple[str, ...]) -> SimpleNamespace:
     """Returns what `torch.load` needs of a pickle module, restricted to the names above."""
-    unpickler = type("RestrictedUnpickler", (_RestrictedUnpickler,), {"path": path})
+    unpickler = type("RestrictedUnpickler", (_RestrictedUnpickler,), {"path": path, "stand_ins": stand_ins})
 
     def load(file: BinaryIO, **kwargs) -> Any:
         return unpickler(file, **kwargs).load()
@@ -173,7 +175,7 @@ def _check_is_plain_checkpoint(path: Path) -> None:
         raise ValueError(f"`{path}` must hold weights, got a TorchScript program. Save its `state_dict()` instead.")
 
 
-def read_legacy_pickle(path: str | Path) -> Any:
+def read_legacy_pickle(path: str | Path, *, stand_ins: tuple[str, ...] = STAND_IN_PACKAGES) -> Any:
     """
     Returns what `torch.save` wrote into `path`, tensors on the CPU and layers as [`LegacyModule`]s; runs none of it.
 
@@ -181,6 +183,7 @@ def read_legacy_pickle(path: str | Path) -> Any:
 
     Args:
         path: The file.
+        stand_ins: Packages whose objects become inert [`LegacyModule`]s.
 
     Raises:
         ValueError: There is no such file, it names a global outside the list above, or it is damaged.
@@ -192,7 +195,8 @@ def read_legacy_pickle(path: str | Path) -> Any:
         with path.open("rb") as file, warnings.catch_warnings():
             # Of the older format: that a stand-in's code is not the saved class's.
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", pickle_module=_make_pickle_module(path), weights_only=False)
+            module = _make_pickle_module(path, stand_ins)
+            return torch.load(file, map_location="cpu", pickle_module=module, weights_only=False)
     except RefusedGlobalError:
         raise
     except Exception as error:  # a damaged pickle raises anything

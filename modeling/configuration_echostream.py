@@ -54,7 +54,7 @@ class EchoStreamConfig(PreTrainedConfig):
         vocab_size (`int`): Subwords of the target language, likewise.
         unit_vocab_size (`int`): Classes of units: special ones first, then the units, the blank last by default.
         unit_offset (`int`): Class of unit 0.
-        unit_blank_token_id (`int`, *optional*): Class of the blank among units. Default: the last.
+        unit_blank_id (`int`, *optional*): Class of the blank among units. Default: the last.
         unit_upsampling (`int`): Frames in which a subword's state may say units; CTC needs more of them than a subword
             has units, which is 8 to 15.
         decoder_hidden_size (`int`): Width of all decoders.
@@ -76,7 +76,7 @@ class EchoStreamConfig(PreTrainedConfig):
     >>> from modeling import EchoStreamConfig
 
     >>> config = EchoStreamConfig.from_size("streamspeech", segment_length=8)
-    >>> config.encoder_config.num_hidden_layers, config.segment_length, config.unit_blank_token_id
+    >>> config.encoder_config.num_hidden_layers, config.segment_length, config.unit_blank_id
     (12, 8, 1004)
 
     ```
@@ -91,7 +91,7 @@ class EchoStreamConfig(PreTrainedConfig):
     vocab_size: int = 6004
     unit_vocab_size: int = 1005
     unit_offset: int = 4
-    unit_blank_token_id: int | None = None
+    unit_blank_id: int | None = None
     unit_upsampling: int = 25
     decoder_hidden_size: int = 512
     decoder_intermediate_size: int = 2048
@@ -115,8 +115,8 @@ class EchoStreamConfig(PreTrainedConfig):
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs):
-        if self.unit_blank_token_id is None:
-            self.unit_blank_token_id = self.unit_vocab_size - 1
+        if self.unit_blank_id is None:
+            self.unit_blank_id = self.unit_vocab_size - 1
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -147,7 +147,7 @@ class EchoStreamConfig(PreTrainedConfig):
     @property
     def num_units(self) -> int:
         """Units that there are, special classes and blank aside."""
-        return self.unit_vocab_size - self.unit_offset - (self.unit_blank_token_id >= self.unit_offset)
+        return self.unit_vocab_size - self.unit_offset - (self.unit_blank_id >= self.unit_offset)
 
     def make_layer_config(self) -> M2M100Config:
         """Returns the library's configuration of the decoders' layers."""
@@ -211,10 +211,10 @@ class EchoStreamConfig(PreTrainedConfig):
                 f"`blank_token_id` must be neither `pad_token_id` nor `eos_token_id`, got {self.blank_token_id}. The "
                 "blank is what CTC says between labels."
             )
-        if not 0 <= self.unit_blank_token_id < self.unit_vocab_size or self.num_units < 1:
+        if not 0 <= self.unit_blank_id < self.unit_vocab_size or self.num_units < 1:
             raise ValueError(
-                f"`unit_blank_token_id` must be a class below `unit_vocab_size` ({self.unit_vocab_size}) beside at "
-                f"least one unit from `unit_offset` ({self.unit_offset}) on, got {self.unit_blank_token_id}."
+                f"`unit_blank_id` must be a class below `unit_vocab_size` ({self.unit_vocab_size}) beside at "
+                f"least one unit from `unit_offset` ({self.unit_offset}) on, got {self.unit_blank_id}."
             )
 
 

@@ -372,11 +372,13 @@ class EchoStreamForSpeechToSpeechTranslation(EchoStreamPreTrainedModel, Generati
         hidden_states, _ = self._decode(decoder_input_ids, output.encoder_out, output.encoder_lengths)
         output["logits"] = self._project(hidden_states)
         output["mt_loss"] = self._cross_entropy(output.logits, next_labels)
+        if unit_labels is None and (self.training or not self.config.unit_weight):
+            return  # nobody asks for units, whose frames are most of the decoders' work
         num_states = (next_labels != IGNORED_LABEL).sum(-1)
         output["unit_logits"] = self.unit_decoder(self.t2u_encoder(hidden_states))
         output["unit_lengths"] = num_states * self.config.unit_upsampling
         if unit_labels is not None:
-            blank = self.config.unit_blank_token_id
+            blank = self.config.unit_blank_id
             output["unit_loss"], output["unit_misfits"] = ctc_loss_of_fitting(
                 output.unit_logits, output.unit_lengths, unit_labels, blank=blank, name="unit_labels"
             )
@@ -477,7 +479,7 @@ class EchoStreamForSpeechToSpeechTranslation(EchoStreamPreTrainedModel, Generati
         hidden_states, _ = self._decode(tokens, encoder_out, encoder_lengths)
         logits = self.unit_decoder(self.t2u_encoder(hidden_states))
         lengths = num_tokens * self.config.unit_upsampling
-        blank, offset = self.config.unit_blank_token_id, self.config.unit_offset
+        blank, offset = self.config.unit_blank_id, self.config.unit_offset
         if num_beams == 1:
             rows = collapse_ctc(logits.argmax(-1), lengths, blank=blank, dropped=range(offset))
         else:

@@ -1,24 +1,53 @@
 """Processor of EchoStream: features of audio, labels of both languages and of units."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from tokenizers import Tokenizer
+from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+
+# What a tokenizer keeps beside its subwords.
+SETTINGS = ("bos_token", "pad_token", "eos_token", "unk_token", "transcripts")
 
 
 class EchoStreamProcessor(ProcessorMixin):
     """
     Joins [`EchoStreamFeatureExtractor`] and a tokenizer of subwords a language.
 
+    The target's subwords are in `processor_config.json`: the library would put a second tokenizer into a folder of its
+    own, and a checkpoint here is one flat folder.
+
     Args:
         feature_extractor: The feature extractor.
-        tokenizer: Of the source language: what is said. Its blank, id 0, is no subword.
-        target_tokenizer: Of the target language: what it means.
+        tokenizer: Of the source language: what is said. Its first subword is the blank of CTC.
+        target_vocabulary: Tokenizer of the target language, what it means, or what [`describe_tokenizer`] has made of
+            it.
     """
 
-    def __init__(self, feature_extractor=None, tokenizer=None, target_tokenizer=None):
-        super().__init__(feature_extractor, tokenizer, target_tokenizer)
+    def __init__(
+        self,
+        feature_extractor=None,
+        tokenizer=None,
+        target_vocabulary: PreTrainedTokenizerBase | Mapping | None = None,
+    ):
+        super().__init__(feature_extractor, tokenizer)
+        if isinstance(target_vocabulary, Mapping):
+            target_vocabulary = make_tokenizer(target_vocabulary)
+        self.target_tokenizer = target_vocabulary
+
+    def to_dict(self, *args, **kwargs) -> dict:
+        """As the library's, with the target's subwords in place of their tokenizer."""
+        target_tokenizer, self.target_tokenizer = self.target_tokenizer, None
+        try:
+            values = super().to_dict(*args, **kwargs)
+        finally:
+            self.target_tokenizer = target_tokenizer
+        values.pop("target_tokenizer", None)
+        return values | {
+            "target_vocabulary": None if target_tokenizer is None else describe_tokenizer(target_tokenizer)
+        }
 
     def __call__(
         self,
@@ -68,3 +97,17 @@ class EchoStreamProcessor(ProcessorMixin):
     def decode(self, ids: Sequence[int] | torch.Tensor, **kwargs) -> str:
         """Returns the translation of one row of subwords."""
         return self.target_tokenizer.decode(ids, **{"skip_special_tokens": True, **kwargs})
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Returns a tokenizer as a mapping that JSON can hold: its subwords and its special tokens."""
+    settings = {name: tokenizer.init_kwargs.get(name) for name in SETTINGS}
+    settings |= {name: str(value) for name, value in settings.items() if name.endswith("_token") and value is not None}
+    return {"tokenizer": json.loads(tokenizer.backend_tokenizer.to_str()), "settings": settings}
+
+
+def make_tokenizer(description: Mapping) -> PreTrainedTokenizerFast:
+    """Returns the tokenizer of which [`describe_tokenizer`] has made `description`."""
+    settings = {name: value for name, value in description["settings"].items() if name in SETTINGS}
+    backend = Tokenizer.from_str(json.dumps(description["tokenizer"]))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)

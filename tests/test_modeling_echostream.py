@@ -92,7 +92,7 @@ def test_the_parts_of_streamspeech_have_as_many_parameters_as_the_published_ones
         ({"pad_token_id": 9000}, "`pad_token_id` must be a subword below `vocab_size`"),
         ({"blank_token_id": 9000}, "`blank_token_id` must be a subword of both languages, got 9000"),
         ({"blank_token_id": 1}, "`blank_token_id` must be neither `pad_token_id` nor `eos_token_id`, got 1"),
-        ({"unit_blank_token_id": 1005}, "`unit_blank_token_id` must be a class below `unit_vocab_size`"),
+        ({"unit_blank_id": 1005}, "`unit_blank_id` must be a class below `unit_vocab_size`"),
         ({"segment_length": 0}, "`segment_length` must be at least 1, got 0"),
         ({"right_context_length": 5}, "`right_context_length` must be at most `segment_length`"),
     ],
