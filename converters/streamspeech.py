@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from converters.pickles import STAND_IN_PACKAGES, find_state_dict, read_legacy_pickle
@@ -84,6 +85,11 @@ class TranslationCheckpoint:
     encoder_kind: str | None
     config: EchoStreamConfig | None = None
     facts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def has_training_state(self) -> bool:
+        """Whether the optimizer and the schedule of a training stand beside the weights."""
+        return self.path.is_dir() and (self.path / TRAINER_STATE_NAME).is_file()
 
     @property
     def is_whole(self) -> bool:

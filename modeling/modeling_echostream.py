@@ -213,7 +213,7 @@ class EchoStreamForSpeechToSpeechTranslation(EchoStreamPreTrainedModel, Generati
                 layer.encoder_attn.v_proj = nn.Linear(hidden_size, layer_config.d_model)
         self.t2u_encoder = EchoStreamT2UEncoder(config, layer_config)
         self.unit_decoder = EchoStreamUnitDecoder(config, layer_config)
-        self._stream_cache = None
+        self._stream = None
         self.post_init()
 
     def get_encoder(self, *_args, **_kwargs) -> nn.Module:
@@ -497,24 +497,32 @@ class EchoStreamForSpeechToSpeechTranslation(EchoStreamPreTrainedModel, Generati
         dropped = (self.config.pad_token_id, self.config.eos_token_id)
         return collapse_ctc(logits.argmax(-1), lengths, blank=self.config.blank_token_id, dropped=dropped)
 
-    def encode_segment(self, input_features: torch.Tensor, **kwargs) -> torch.Tensor:
+    @torch.no_grad()
+    def encode_segment(self, input_features: torch.Tensor, *, is_last: bool = False) -> torch.Tensor:
         """
-        Returns `encoder_out` `(batch, frames, hidden)` of the next segment of streams, after those before.
+        Returns the frames of `encoder_out` that are new in streams `(batch, frames, hidden)`, which may be none.
 
-        The state stays in the model, as in the original; [`reset_cache`] begins anew. Programs that serve several
-        streams hold a cache object each and call the encoder themselves.
+        The state stays in the model, as in the original, and [`reset_cache`] begins anew. Who serves several streams
+        holds their caches and calls the encoder.
 
         Args:
-            input_features: The segment's features `(batch, frames, mel)`.
-            kwargs: As for the encoder.
+            input_features: Features that have arrived since the last call `(batch, frames, mel)`.
+            is_last: Whether the streams end here.
         """
-        output = self.encoder(input_features, past_key_values=self._stream_cache, use_cache=True, **kwargs)
-        self._stream_cache = output.past_key_values
+        past_key_values, padding_cache = self._stream or (None, None)
+        output = self.encoder(
+            input_features,
+            past_key_values=past_key_values,
+            padding_cache=padding_cache,
+            use_cache=True,
+            is_last=is_last,
+        )
+        self._stream = output.past_key_values, output.padding_cache
         return output.last_hidden_state
 
     def reset_cache(self) -> None:
-        """Forgets the stream that [`encode_segment`] has heard."""
-        self._stream_cache = None
+        """Forgets the streams that [`encode_segment`] has heard."""
+        self._stream = None
 
     def freeze_base_model(self) -> None:
         """Leaves only the adapters' parameters trainable."""

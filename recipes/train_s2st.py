@@ -21,6 +21,7 @@ from training.output_folder import check_output_dir, claim_output_dir
 from training.s2st_training import S2STTrainer, S2STTrainingArguments
 from training.start import StartArguments
 from training.translation import (
+    TRANSLATION_ARGUMENTS,
     TranslationArguments,
     TranslationCorpusArguments,
     build_translation_data,
@@ -34,20 +35,10 @@ from training.translation import (
     start_model,
 )
 
-ARGUMENTS = (
-    StartArguments,
-    TranslationArguments,
-    TranslationCorpusArguments,
-    Augmentation,
-    HealthArguments,
-    CardArguments,
-    S2STTrainingArguments,
-)
-
 
 def main() -> None:
     """Runs the recipe."""
-    arguments = parse_arguments(*ARGUMENTS)
+    arguments = parse_arguments(*TRANSLATION_ARGUMENTS)
     with claim_output_dir(arguments[-1]):
         train(*arguments)
 

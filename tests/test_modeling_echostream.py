@@ -7,51 +7,17 @@ from transformers import AutoModelForSpeechSeq2Seq
 
 from modeling import EchoStreamConfig, EchoStreamForSpeechToSpeechTranslation
 from modeling.ctc import beam_search_ctc, collapse_ctc, ctc_loss_of_fitting, find_misfits
-
-UNITS = {"unit_vocab_size": 25, "unit_offset": 4}
-LENGTHS = torch.tensor([200, 120, 170])
-
-
-def make_model(**fields) -> EchoStreamForSpeechToSpeechTranslation:
-    """A tiny model, random and always the same, in evaluation mode."""
-    encoder = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "subsampling_channels": 16}
-    sizes = {"decoder_hidden_size": 24, "decoder_intermediate_size": 32, "num_mt_layers": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = EchoStreamConfig.from_size(
-            "mini", encoder=encoder, **{**sizes, "source_vocab_size": 32, "vocab_size": 40, **UNITS, **fields}
-        )
-        return EchoStreamForSpeechToSpeechTranslation(config).eval()
+from tests.translation_models import make_translation_batch, make_translation_model, take_row
 
 
 @pytest.fixture(scope="module")
 def model() -> EchoStreamForSpeechToSpeechTranslation:
-    return make_model()
+    return make_translation_model()
 
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    """Three rows of noise, two of them padded, with labels for every head."""
-    generator = torch.Generator().manual_seed(1)
-    units = torch.randint(4, 24, (3, 30), generator=generator)
-    units[1, 20:] = -100
-    return {
-        "input_features": torch.randn(3, 200, 80, generator=generator),
-        "attention_mask": (torch.arange(200) < LENGTHS.unsqueeze(1)).long(),
-        "asr_labels": torch.tensor([[4, 5, 6], [7, 7, -100], [8, 9, 4]]),
-        "target_labels": torch.tensor([[4, 5, 6, 7], [7, 7, -100, -100], [8, -100, -100, -100]]),
-        "unit_labels": units,
-    }
-
-
-def take_row(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """A row of the batch alone, without padding."""
-    num_frames = int(LENGTHS[row])
-    alone = {"input_features": batch["input_features"][row : row + 1, :num_frames]}
-    for name in ("asr_labels", "target_labels", "unit_labels"):
-        labels = batch[name][row]
-        alone[name] = labels[labels >= 0].unsqueeze(0)
-    return alone
+    return make_translation_batch()
 
 
 # Sizes
@@ -146,7 +112,7 @@ def test_the_losses_are_those_of_torch_a_row_at_a_time(model, batch):
 
 
 def test_label_smoothing_spreads_a_share_over_all_subwords_in_training_only(batch):
-    model = make_model(label_smoothing=0.1, dropout=0.0)
+    model = make_translation_model(label_smoothing=0.1, dropout=0.0)
     with torch.no_grad():
         plain = model(**batch)
         model.training = True
@@ -159,7 +125,7 @@ def test_label_smoothing_spreads_a_share_over_all_subwords_in_training_only(batc
 
 
 def test_a_weight_of_zero_leaves_a_loss_out(batch):
-    model = make_model(unit_weight=0.0, mt_weight=0.0, st_weight=0.0, asr_weight=2.0)
+    model = make_translation_model(unit_weight=0.0, mt_weight=0.0, st_weight=0.0, asr_weight=2.0)
     model(**batch).loss.backward()
     assert model.asr_ctc_decoder.weight.grad.abs().sum() > 0
     assert model.st_ctc_decoder.weight.grad is None
@@ -236,11 +202,11 @@ def test_the_blank_has_no_bias_of_its_own(model):
 @torch.no_grad()
 def test_units_that_do_not_fit_are_counted_and_have_no_part_in_the_loss(batch):
     """With 5 frames a subword, 11 units a subword do not fit: the original's loss was zero and said nothing."""
-    output = make_model(unit_upsampling=5)(**batch)
+    output = make_translation_model(unit_upsampling=5)(**batch)
     assert output.unit_misfits.tolist() == [True, True, True]
-    enough = make_model(unit_upsampling=15)(**batch)
+    enough = make_translation_model(unit_upsampling=15)(**batch)
     assert enough.unit_misfits.tolist() == [False, False, True]
-    alone = [make_model(unit_upsampling=15)(**take_row(batch, row)).unit_loss for row in (0, 1)]
+    alone = [make_translation_model(unit_upsampling=15)(**take_row(batch, row)).unit_loss for row in (0, 1)]
     torch.testing.assert_close(enough.unit_loss, (30 * alone[0] + 20 * alone[1]) / 50, rtol=1e-4, atol=1e-4)
 
 
@@ -254,7 +220,7 @@ def test_an_infinite_loss_is_not_hidden():
 
 
 def test_every_parameter_has_a_gradient_when_all_heads_have_labels(batch):
-    model = make_model()
+    model = make_translation_model()
     model(**batch).loss.backward()
     assert [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()] == []
 
@@ -300,6 +266,19 @@ def test_a_segment_of_zero_is_the_whole_utterance(model, batch):
     assert (whole - short).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_a_stream_in_the_model_equals_the_whole_and_begins_anew_when_reset(batch):
+    model, features = make_translation_model(), batch["input_features"]
+    whole = model.encode(features)[0]
+    for _ in range(2):
+        parts = [
+            model.encode_segment(features[:, start : start + 30], is_last=start >= 180)
+            for start in range(0, features.shape[1], 30)
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+        model.reset_cache()
+
+
 # Files and generation
 
 
@@ -328,7 +307,7 @@ def test_greedy_generation_takes_the_best_subword_of_each_step(model, batch):
 
 @torch.no_grad()
 def test_beam_search_finds_no_less_probable_translation_than_greedy(batch):
-    model = make_model()
+    model = make_translation_model()
     with torch.random.fork_rng():
         torch.manual_seed(5)
         for layer in model.mt_decoder.layers:  # so that a subword does not only say itself again
@@ -372,7 +351,7 @@ def test_units_of_several_beams_are_those_of_each_translation(model, batch):
 
 
 def test_generation_writes_neither_blank_nor_padding_nor_unknown():
-    model = make_model()
+    model = make_translation_model()
     for index in (0, 1, 3):
         model.mt_decoder.embed_tokens.weight.data[index] = 0
     model.mt_decoder.layer_norm.weight.data.zero_()

@@ -396,3 +396,32 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, argument: str) -> N
 def find_num_units(units: Iterable[Sequence[int] | None]) -> int | None:
     """Returns one more than the greatest unit, None if there is none."""
     return max((max(row) + 1 for row in units if row), default=None)
+
+
+def recommend_start(checkpoint: TranslationCheckpoint, shapes: Mapping[str, torch.Size]) -> tuple[str, str]:
+    """
+    Returns which way to start a model from a checkpoint, and why.
+
+    Args:
+        checkpoint: What there is.
+        shapes: Of the model's weights by name.
+    """
+    whole, parts = (plan_loading(shapes, checkpoint, start) for start in ("transfer", "partial"))
+    num_decoders = sum(name.startswith(DECODER_PREFIXES) for name in shapes)
+    if checkpoint.has_training_state and not whole.mismatched and not whole.fresh:
+        return "resume", "it is a checkpoint of a training, with optimizer and schedule, and all weights fit"
+    if checkpoint.encoder_kind == "conformer":
+        if parts.loaded:
+            return "partial", (
+                f"its encoder is a Conformer, which an Emformer cannot take; {len(parts.loaded)} of the "
+                f"{num_decoders} weights of the decoders fit"
+            )
+        return "scratch", "its encoder is a Conformer, and none of its decoders fits"
+    if not whole.mismatched and not whole.fresh:
+        return "transfer", "all weights fit; for the same languages `evaluate` says first what it can"
+    if parts.loaded:
+        return "partial", (
+            f"{len(whole.mismatched)} weights have another shape and {len(whole.fresh)} are not there, but "
+            f"{len(parts.loaded)} of the {num_decoders} weights of the decoders fit"
+        )
+    return "scratch", "nothing of it fits this model"

@@ -35,7 +35,9 @@ from publishing.card import CardArguments, CardSubject, write_card
 from publishing.report import format_table, write_results
 from training.checkpoints import list_checkpoints
 from training.corpus_arguments import load_split
+from training.health import HealthArguments
 from training.objectives.s2st import S2STObjective
+from training.s2st_training import S2STTrainingArguments
 from training.start import (
     StartArguments,
     StartReport,
@@ -157,6 +159,17 @@ class TranslationArguments:
     def has_adapter(self) -> bool:
         """Whether an adapter trains and the model does not."""
         return self.adapter_kind != "none"
+
+
+TRANSLATION_ARGUMENTS = (
+    StartArguments,
+    TranslationArguments,
+    TranslationCorpusArguments,
+    Augmentation,
+    HealthArguments,
+    CardArguments,
+    S2STTrainingArguments,
+)
 
 
 def check_adapter_start(start_args: StartArguments, translation_args: TranslationArguments) -> None:
