@@ -12,6 +12,7 @@ from transformers import set_seed
 from data.augmentation import Augmentation
 from data.overlap import describe_overlap
 from data.translation_utterances import TranslationCollator
+from inference.translation_scoring import evaluate_translations
 from publishing.card import CardArguments
 from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results
@@ -31,7 +32,6 @@ from training.translation import (
     load_translations,
     make_translation_objective,
     save_translation_outcome,
-    score_translations,
     start_model,
 )
 
@@ -84,7 +84,7 @@ def train(
         data_collator=TranslationCollator(processor),
         processing_class=processor,
         callbacks=[HealthCallback(stop_on_collapse=health_args.stop_on_collapse)],
-        score=partial(score_translations, model, processor, eval_dataset, batch_size=batch_size),
+        score=partial(evaluate_translations, model, processor, eval_dataset, batch_size=batch_size),
         encoder_lr=translation_args.encoder_lr,
         decoder_lr=translation_args.decoder_lr,
         encoder_steps=translation_args.encoder_steps if report.has_stages else 0,

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from recipes import adapt_domain, personalize, train_ctc
+from recipes import adapt_domain, personalize, train_ctc, train_s2st
 from tests.speech_models import save_base
+from tests.translation_models import TINY_FIELDS, write_translation_corpus
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 TINY_RECOGNIZER = ("--hidden_size", 8, "--num_hidden_layers", 1, "--max_steps", 1)
 TINY_ADAPTER = ("--num_heads", 2, "--ffn_size", 16, "--max_steps", 1, "--max_new_tokens", 2)
+TINY_TRANSLATOR = ("--model_fields", *TINY_FIELDS, "--vocab_size", 60, "--eval_split", "test", "--max_steps", 1)
 # The recipe of each file, the base of its run, and what makes the run small.
 RUNS = {
     "train_ctc_fsdd": (train_ctc, None, TINY_RECOGNIZER),
@@ -20,6 +22,7 @@ RUNS = {
     "personalize_synthetic": (personalize, "small", ("--speaker_id", "ann", "ben", "--max_steps", 1)),
     "adapt_domain_fsdd": (adapt_domain, "whisper", TINY_ADAPTER),
     "adapt_domain_qwen2_audio": (adapt_domain, "qwen2_audio", (*TINY_ADAPTER, "--simulate_domain", "ldv")),
+    "train_s2st_synthetic": (train_s2st, None, TINY_TRANSLATOR),
 }
 
 
@@ -29,8 +32,8 @@ def test_every_config_that_ships_runs(run_recipe_main, small_corpus, small_base,
     if base:
         folder = small_base if base == "small" else save_base(base, tmp_path / "base")
         flags = (*flags, "--model_name_or_path", folder, "--cache_dir", tmp_path / "cache")
-    run_recipe_main(
-        recipe.main, "--config", config, "--dataset", small_corpus, "--output_dir", tmp_path / "out", *flags
-    )
+    is_translated = recipe is train_s2st
+    corpus = write_translation_corpus(tmp_path / "corpus") if is_translated else small_corpus
+    run_recipe_main(recipe.main, "--config", config, "--dataset", corpus, "--output_dir", tmp_path / "out", *flags)
     results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert any(name.endswith(("wer", "cosine_after")) for name in results)

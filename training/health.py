@@ -69,7 +69,7 @@ class HealthMeter:
         Adds a batch.
 
         Args:
-            model: With `config.blank_token_id` and `config.unit_blank_token_id`.
+            model: With `config.blank_token_id` and `config.unit_blank_id`.
             output: Of an EchoStream model: `encoder_out` `(batch, frames, hidden)`, `encoder_lengths` `(batch,)`, and
                 the logits, lengths and misfits of the heads that ran.
             batch: Its `input_features` `(batch, frames, mel)` and `attention_mask`, for the cause of a collapse.
@@ -84,7 +84,7 @@ class HealthMeter:
             if logits is None:
                 continue
             lengths = output.unit_lengths if head == "unit" else output.encoder_lengths
-            blank = model.config.unit_blank_token_id if head == "unit" else model.config.blank_token_id
+            blank = model.config.unit_blank_id if head == "unit" else model.config.blank_token_id
             is_frame = mark_frames(logits, lengths)
             self._frames[head] += int(is_frame.sum())
             self._blanks[head] += int(((logits.argmax(-1) == blank) & is_frame).sum())

@@ -7,20 +7,16 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import sacrebleu
-import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from converters.streamspeech import read_checkpoint
 from data.annotations import STYLES
 from data.augmentation import Augmentation
-from data.metrics import score_by_speaker
 from data.spelling import MAX_CLIP_SECONDS
 from data.text import normalize_text
-from data.translation_utterances import LabelSpace, TranslationCollator, TranslationUtterances, read_translations
+from data.translation_utterances import LabelSpace, TranslationUtterances, read_translations
 from modeling import (
     EchoStreamConfig,
     EchoStreamFeatureExtractor,
@@ -28,8 +24,8 @@ from modeling import (
     EchoStreamProcessor,
     SpeechAdapterConfig,
 )
-from modeling.adapter_files import locate_base
-from modeling.adapters import save_adapter
+from modeling.adapter_files import save_adapter
+from modeling.adapter_loading import locate_base
 from modeling.files import write_whole
 from publishing.card import CardArguments, CardSubject, write_card
 from publishing.report import format_table, write_results
@@ -64,7 +60,6 @@ MAX_TRAINABLE_SHARE = 0.3
 NUM_MEASURED_CLIPS = 2000  # over which the features' statistics are taken
 USAGE = """\
 ```python
-import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 model = AutoModelForSpeechSeq2Seq.from_pretrained("{repository}", trust_remote_code=True).eval()
@@ -349,35 +344,6 @@ def make_translation_objective(
         model.config.unit_weight = 0.0
     lengths = arguments.segment_lengths
     return S2STObjective(model, segment_lengths=lengths, seed=seed, names=dataset.names)
-
-
-@torch.no_grad()
-def score_translations(
-    model: EchoStreamForSpeechToSpeechTranslation,
-    processor: EchoStreamProcessor,
-    dataset: TranslationUtterances,
-    *,
-    batch_size: int,
-) -> dict[str, float]:
-    """Returns `wer` and `cer` of the transcripts, `st_bleu` of CTC's translations and `mt_bleu` of the decoder's."""
-    was_training = model.training
-    model.eval()
-    said, meant, translated = [], [], []
-    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=TranslationCollator(processor)):
-        inputs = {name: batch[name].to(model.device) for name in ("input_features", "attention_mask")}
-        encoded = model.encode(**inputs)
-        output = model(encoder_outputs=encoded, attention_mask=inputs["attention_mask"])
-        said += processor.decode_source(model.collapse(output.asr_logits, output.encoder_lengths))
-        meant += processor.batch_decode(model.collapse(output.st_logits, output.encoder_lengths))
-        tokens = model.generate(encoder_outputs=encoded, attention_mask=inputs["attention_mask"])
-        translated += processor.batch_decode(tokens)
-    model.train(was_training)
-    scores = score_by_speaker(said, dataset.references, [""] * len(said))["overall"]
-    bleu = {
-        name: sacrebleu.corpus_bleu(texts, [dataset.target_references]).score
-        for name, texts in (("st_bleu", meant), ("mt_bleu", translated))
-    }
-    return {"wer": scores["wer"], "cer": scores["cer"], **bleu}
 
 
 def collect_translation_results(
