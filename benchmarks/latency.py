@@ -8,6 +8,7 @@ Both pin old packages, so they stay out of this environment; they read the logs 
 """
 
 import argparse
+import importlib
 import sys
 import types
 from pathlib import Path
@@ -39,8 +40,7 @@ def draw_logs(num_logs: int, seed: int) -> list[TranslationLog]:
 def score_by_omnisteval(folder: str, log_file: Path) -> dict[str, float]:
     """Returns OmniSTEval's figures of a log."""
     sys.path.insert(0, folder)
-    from omnisteval import io, scoring
-
+    io, scoring = (importlib.import_module(f"omnisteval.{name}") for name in ("io", "scoring"))
     instances = io.load_shortform_instances(str(log_file), None, "delays", "elapsed")
     scores = {}
     for is_aware in (False, True):
@@ -55,11 +55,10 @@ def score_by_simuleval(folder: str, log_file: Path) -> dict[str, float]:
     """Returns SimulEval's figures of a log; what it imports for forced alignment is not needed."""
     sys.path.insert(0, folder)
     sys.modules.setdefault("textgrid", types.ModuleType("textgrid"))
-    from simuleval.evaluator.instance import LogInstance
-    from simuleval.evaluator.scorers import latency_scorer
-
+    instance = importlib.import_module("simuleval.evaluator.instance")
+    latency_scorer = importlib.import_module("simuleval.evaluator.scorers.latency_scorer")
     lines = log_file.read_text(encoding="utf-8").splitlines()
-    instances = {index: LogInstance(line) for index, line in enumerate(lines)}
+    instances = {index: instance.LogInstance(line) for index, line in enumerate(lines)}
     scorers = latency_scorer.LATENCY_SCORERS_DICT
     return {name: scorers[name](computation_aware=False)(instances) for name in OF_SIMULEVAL}
 

@@ -17,7 +17,7 @@ def train(folder, texts, model_type: str) -> str:
     prefix = str(folder / model_type)
     SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=prefix, vocab_size=200, model_type=model_type,
-        minloglevel=2, num_threads=1,
+        minloglevel=2, num_threads=1, character_coverage=1.0,
     )  # fmt: skip
     return f"{prefix}.model"
 
