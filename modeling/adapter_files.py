@@ -27,7 +27,7 @@ from .adapter_loading import (
 )
 from .adapters import find_adapter_code
 from .files import write_whole
-from .fingerprint import find_base, fingerprint_base, fingerprint_processor, read_offloaded
+from .fingerprint import find_base, find_hooks, fingerprint_base, fingerprint_processor, read_offloaded
 
 # Entries of a fingerprint that the processor gives; a save without one keeps them.
 PROCESSOR_ENTRIES = ("vocabulary", "features")
@@ -79,7 +79,7 @@ def _read_state(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     for key, value in state.items():
         if value.is_meta and adapter_name in key.split("."):
-            state[key] = read_offloaded(model, key)
+            state[key] = read_offloaded(key, find_hooks(model))
     return get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
 
 

@@ -36,7 +36,7 @@ import logging
 import math
 import struct
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -200,7 +200,7 @@ def _find_reader(
 ) -> Callable[[], torch.Tensor] | None:
     if value.is_meta:
         is_offloaded = not is_quantized and any(_is_under(full_name, prefix) for prefix, _ in hooks)
-        return partial(_read_offloaded, full_name, hooks) if is_offloaded else None
+        return partial(read_offloaded, full_name, hooks) if is_offloaded else None
     if is_quantized:
         return partial(_dequantize, module, value) if _can_dequantize(module, value) else None
     is_whole = type(value.data) is torch.Tensor and not hasattr(value, "ds_id")
@@ -209,7 +209,13 @@ def _find_reader(
 
 def find_hooks(model: nn.Module) -> list[tuple[str, object]]:
     """Returns accelerate's hooks that keep weights outside of `model`, each with its module's name."""
-    return [(name, hook) for name, module in model.named_modules() for hook in _offloading_hooks(module)]
+    found = []
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "offload", False) and isinstance(getattr(one, "weights_map", None), Mapping):
+                found.append((name, one))
+    return found
 
 
 def _unwrap(name: str) -> str:
@@ -220,16 +226,9 @@ def _is_under(name: str, prefix: str) -> bool:
     return not prefix or name.startswith(f"{prefix}.")
 
 
-def _offloading_hooks(module: nn.Module) -> Iterator[object]:
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "offload", False) and isinstance(getattr(one, "weights_map", None), Mapping):
-            yield one
-
-
-def _read_offloaded(name: str, hooks: list[tuple[str, object]]) -> torch.Tensor:
+def read_offloaded(name: str, hooks: Sequence[tuple[str, object]]) -> torch.Tensor:
     """
-    Returns what accelerate has taken out of the model.
+    Returns the weight `name` of a model that accelerate keeps outside of it, by the model's [`find_hooks`].
 
     Raises:
         ValueError: No hook has it.
@@ -241,25 +240,15 @@ def _read_offloaded(name: str, hooks: list[tuple[str, object]]) -> torch.Tensor:
     raise ValueError(f"`model` must have its weights in memory or where accelerate put them, got none for {name!r}.")
 
 
-def read_offloaded(model: nn.Module, name: str) -> torch.Tensor:
-    """
-    Returns the weight `name` of `model` that accelerate keeps outside of it.
-
-    Raises:
-        ValueError: It keeps no such weight.
-    """
-    return _read_offloaded(name, find_hooks(model))
-
-
 def find_device(model: nn.Module) -> torch.device:
     """Returns where `model` runs; where all of it is offloaded, that is not where its first parameter is."""
-    devices = {parameter.device for parameter in model.parameters()}
-    device = next(iter(parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if device.type != "meta":
-        return device
-    hooks = find_hooks(model)
-    places = [torch.device(hook.execution_device) for _, hook in hooks if hook.execution_device is not None]
-    return places[0] if places else next((place for place in devices if place.type != "meta"), device)
+    devices = [parameter.device for parameter in model.parameters()] or [torch.device("cpu")]
+    if devices[0].type == "meta":
+        places = [
+            torch.device(hook.execution_device) for _, hook in find_hooks(model) if hook.execution_device is not None
+        ]
+        devices = [*places, *(device for device in devices if device.type != "meta"), *devices]
+    return devices[0]
 
 
 def changes_base(config: object) -> bool:

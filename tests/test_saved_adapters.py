@@ -4,13 +4,15 @@ The folders under `fixtures/adapters_of_version_2` were written by `save_adapter
 a base that lies there too or under `adapters_of_version_1`.
 """
 
+import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, WhisperForConditionalGeneration
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -112,6 +114,28 @@ def test_a_saved_adapter_is_taken_by_its_base_in_half_precision(name, dtype):
     assert model.active_adapters() == ["someone"]
     parameters = [value for key, value in model.named_parameters() if ".someone." in key]
     assert {value.dtype for value in parameters} == {dtype if name.endswith("lora") else torch.float32}
+
+
+@pytest.mark.parametrize(("name", "number"), [("deepspeech2_mlp", 1), ("whisper_lora", 1), ("deepspeech2_pissa", 2)])
+def test_loading_injects_once_unless_the_start_changes_the_base(name, number, monkeypatch):
+    injected, inject = [], BaseTuner.inject_adapter
+
+    def count(tuner: BaseTuner, model: torch.nn.Module, *args, **kwargs) -> None:
+        injected.append(model)
+        inject(tuner, model, *args, **kwargs)
+
+    monkeypatch.setattr(BaseTuner, "inject_adapter", count)
+    load_by_ours(load_base(name), FOLDER / name)
+    assert len(injected) == number
+
+
+def test_a_lora_with_names_that_nobody_knows_is_refused_by_name(tmp_path):
+    shutil.copytree(FOLDER / "whisper_lora", tmp_path / "old")
+    path = tmp_path / "old" / "adapter_model.safetensors"
+    tensors = {name.replace("lora_A.weight", "lora_A.old.weight"): value for name, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"exactly the tensors of its configuration, got .*old where .*lora_A"):
+        load_by_ours(load_base("whisper"), tmp_path / "old")
 
 
 def test_the_fixture_has_every_kind():
