@@ -670,7 +670,7 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
 
     def _group_rows(self, adapter_names: Sequence[str] | None) -> list[Group]:
         if adapter_names is None:
-            block = self.find_block(self._single_active_adapter())
+            block = self.find_block(self.find_active_adapter())
             return [] if block is None else [(block, slice(None))]
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
@@ -697,7 +697,7 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         if not groups:
             return target
         if groups[0][1] == slice(None):
-            return self._adapt(groups[0][0], source, target, lengths)
+            return self.adapt(groups[0][0], source, target, lengths)
         adapted = target if inputs is not None and self._is_fresh(target, inputs) else target.clone()
         for block, rows in groups:
             change = self._change(block, source[rows], target[rows], None if lengths is None else lengths[rows])
@@ -707,7 +707,13 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
                 adapted[rows] += change
         return adapted
 
-    def _single_active_adapter(self) -> str | None:
+    def find_active_adapter(self) -> str | None:
+        """
+        Returns the name of the adapter that is active here, if there is one.
+
+        Raises:
+            ValueError: There are several.
+        """
         names = [name for name in self.active_adapters if name in self.speech_adapter_blocks]
         if len(names) > 1:
             raise ValueError(f"A module can have one active speech adapter, got {names}. Activate one of them.")
@@ -720,41 +726,7 @@ class SpeechAdapterLayer(nn.Module, BaseTunerLayer):
         call = SHARED.find(self)
         return None if call is None else call.blocks.get(name)
 
-    def adapt_frames(
-        self, hidden_states: torch.Tensor, output: torch.Tensor, frames_of: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """
-        Returns what `forward` gives where the base's `output` is known, for frames of several rows without padding.
-
-        Args:
-            hidden_states: Input of the base `(frames, in_features)`.
-            output: Output of the base `(frames, out_features)`.
-            frames_of: Which frames belong to which adapter, each to one. Default: the active one acts on all.
-
-        Raises:
-            ValueError: An adapter looks at whole rows, or changes the base's input.
-        """
-        if self.disable_adapters:
-            return output
-        if frames_of is None:
-            return self._adapt_known(self._single_active_adapter(), hidden_states, output)
-        adapted = [
-            self._adapt_known(name, hidden_states.index_select(0, frames), output.index_select(0, frames))
-            for name, frames in frames_of.items()
-        ]
-        return torch.cat(adapted).index_select(0, torch.cat(list(frames_of.values())).argsort())
-
-    def _adapt_known(self, name: str | None, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        if (block := self.find_block(name)) is None:
-            return output
-        if block.kind == "transformer" or block.position == "before":
-            raise ValueError(
-                f"`frozen_states` must go with adapters that change the output of their module frame by frame, got "
-                f"{name!r}, a {block.kind} that changes rows of frames or its module's input. Give `input_features`."
-            )
-        return self._adapt(block, hidden_states, output)
-
-    def _adapt(
+    def adapt(
         self, block: nn.Module, source: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Returns `target`, the base's input or output, as `block` changes it."""

@@ -34,6 +34,7 @@ from modeling import SpeechAdapterConfig, adapter_rows
 from modeling.adapter_loading import make_probe_inputs
 from modeling.adapters import BASE, SpeechAdapterLayer, adapters_off, is_adapter_parameter
 from publishing.adapter_maps import record_maps
+from training.packed_deepspeech2 import adapt_frames
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -293,7 +294,7 @@ def test_frames_without_rows_are_refused():
     layer, frames = find_layer(model), torch.zeros(5, 16)
     for name, kind in (("ldv", "transformer"), ("room", "bottleneck")):
         with pytest.raises(ValueError, match=f"`frozen_states` must go with adapters .* got '{name}', a {kind}"):
-            layer.adapt_frames(frames, frames, {name: torch.arange(5)})
+            adapt_frames(layer, frames, frames, {name: torch.arange(5)})
 
 
 def test_a_model_that_cannot_tell_frames_from_padding_is_refused():

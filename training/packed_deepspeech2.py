@@ -137,7 +137,7 @@ class PackedBatch:
     ) -> torch.Tensor:
         base_output = base_output.to(self.model.dtype)
         # Where the input is not known, no adapter looks at it.
-        return layer.adapt_frames(base_output if hidden_states is None else hidden_states, base_output, frames_of)
+        return adapt_frames(layer, base_output if hidden_states is None else hidden_states, base_output, frames_of)
 
     def _loss(
         self,
@@ -164,7 +164,7 @@ class PackedBatch:
         is_adapted = isinstance(layer, SpeechAdapterLayer)
         base = layer.get_base_layer() if is_adapted else layer
         if is_adapted and not layer.disable_adapters:
-            block = layer.find_block(layer._single_active_adapter() if name is None else name)
+            block = layer.find_block(layer.find_active_adapter() if name is None else name)
         if block is None:
             if hidden_states is None or not isinstance(base, nn.Sequential) or type(base[-1]) is not nn.Linear:
                 return None
@@ -195,3 +195,45 @@ def _run_all_but_last(modules: nn.Sequential, hidden_states: torch.Tensor) -> to
     for module in list(modules)[:-1]:
         hidden_states = module(hidden_states)
     return hidden_states
+
+
+def adapt_frames(
+    layer: SpeechAdapterLayer,
+    hidden_states: torch.Tensor,
+    output: torch.Tensor,
+    frames_of: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    Returns what `layer` gives where its base's `output` is known, for frames of several rows without padding.
+
+    Args:
+        layer: With adapters.
+        hidden_states: Input of the base `(frames, in_features)`.
+        output: Output of the base `(frames, out_features)`.
+        frames_of: Which frames belong to which adapter, each to one. Default: the active one acts on all.
+
+    Raises:
+        ValueError: An adapter looks at whole rows, or changes the base's input.
+    """
+    if layer.disable_adapters:
+        return output
+    if frames_of is None:
+        return _adapt_known(layer, layer.find_active_adapter(), hidden_states, output)
+    adapted = [
+        _adapt_known(layer, name, hidden_states.index_select(0, frames), output.index_select(0, frames))
+        for name, frames in frames_of.items()
+    ]
+    return torch.cat(adapted).index_select(0, torch.cat(list(frames_of.values())).argsort())
+
+
+def _adapt_known(
+    layer: SpeechAdapterLayer, name: str | None, hidden_states: torch.Tensor, output: torch.Tensor
+) -> torch.Tensor:
+    if (block := layer.find_block(name)) is None:
+        return output
+    if block.kind == "transformer" or block.position == "before":
+        raise ValueError(
+            f"`frozen_states` must go with adapters that change the output of their module frame by frame, got "
+            f"{name!r}, a {block.kind} that changes rows of frames or its module's input. Give `input_features`."
+        )
+    return layer.adapt(block, hidden_states, output)
