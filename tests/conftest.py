@@ -169,7 +169,7 @@ def _run_main(main: Callable[[], None], *tokens: object) -> None:
         main()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_recipe_main() -> Callable[..., None]:
     """Calls a recipe's `main` with a command line."""
     return _run_main
