@@ -213,6 +213,8 @@ class EchoStreamForSpeechToSpeechTranslation(EchoStreamPreTrainedModel, Generati
                 layer.encoder_attn.v_proj = nn.Linear(hidden_size, layer_config.d_model)
         self.t2u_encoder = EchoStreamT2UEncoder(config, layer_config)
         self.unit_decoder = EchoStreamUnitDecoder(config, layer_config)
+        for layer in (*self.mt_decoder.layers, *self.unit_decoder.layers):
+            layer.in_features = layer.out_features = layer_config.d_model  # for adapters between layers
         self._stream = None
         self.post_init()
 

@@ -12,15 +12,14 @@ UNITS = {"unit_vocab_size": 25, "unit_offset": 4}
 LENGTHS = torch.tensor([200, 120, 170])
 
 
-def make_translation_model(**fields) -> EchoStreamForSpeechToSpeechTranslation:
+def make_translation_model(*, encoder_fields: dict | None = None, **fields) -> EchoStreamForSpeechToSpeechTranslation:
     """A tiny model, random and always the same, in evaluation mode."""
     encoder = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "subsampling_channels": 16}
     sizes = {"decoder_hidden_size": 24, "decoder_intermediate_size": 32, "num_mt_layers": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = EchoStreamConfig.from_size(
-            "mini", encoder=encoder, **{**sizes, "source_vocab_size": 32, "vocab_size": 40, **UNITS, **fields}
-        )
+        values = {**sizes, "source_vocab_size": 32, "vocab_size": 40, **UNITS, **fields}
+        config = EchoStreamConfig.from_size("mini", encoder={**encoder, **(encoder_fields or {})}, **values)
         return EchoStreamForSpeechToSpeechTranslation(config).eval()
 
 
