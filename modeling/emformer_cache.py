@@ -277,13 +277,15 @@ class EmformerStep:
             for count, taken in zip(available, self.num_frames, strict=True)
         ]
         self.is_full = min(self.num_frames) == self.segment_length and min(self.num_right) == self.right_context_length
-        self._starts = torch.tensor(cache.num_frames)[:, None]
         self._memories: list[torch.Tensor] = []
-        first_keys = torch.arange(cache.batch_size)[:, None] * cache.num_keys
-        ring = (self._starts + torch.arange(self.segment_length)) % cache.ring_length
-        rights = torch.arange(self.right_context_length).expand(len(ring), -1) + self.max_memory_size
-        self._places = (first_keys + torch.cat([rights, ring + cache.ring_start], 1)).flatten()
-        self._places = self._places.to(cache.key_values.device)
+        right_places = range(self.max_memory_size, cache.ring_start)
+        places = []  # in the keys of all streams, one behind the other
+        for row, start in enumerate(cache.num_frames):
+            ring = (
+                frame % cache.ring_length + cache.ring_start for frame in range(start, start + self.segment_length)
+            )
+            places += [row * cache.num_keys + place for place in (*right_places, *ring)]
+        self._places = torch.tensor(places, device=cache.key_values.device)
 
     def lay_out(self) -> torch.Tensor:
         """Returns the rows of the segments: memory, right context, frames `(streams, rows, hidden)`."""
@@ -321,7 +323,7 @@ class EmformerStep:
                 memory_key_value = key_value[:, -self.segment_length :].mean(1, keepdim=True)
             self._memories.append(memory_key_value[:, 0])
         layer = self.cache.key_values[layer_idx]
-        layer.flatten(0, 1).index_copy_(0, self._places, key_value.flatten(0, 1))
+        layer.view(-1, layer.shape[2]).index_copy_(0, self._places, key_value.reshape(-1, layer.shape[2]))
         return layer
 
     def make_mask(self) -> torch.Tensor | None:
@@ -333,11 +335,12 @@ class EmformerStep:
                 cache.steady_mask = self._hide_memories(torch.ones(1, cache.num_keys, dtype=torch.bool))
             return cache.steady_mask
         # The newest frame that place p of the ring can have: before the segment's end, and p modulo the ring's length.
-        last = self._starts + self.segment_length - 1
+        starts = torch.tensor(cache.num_frames)[:, None]
+        last = starts + self.segment_length - 1
         frames = last - (last - torch.arange(cache.ring_length)) % cache.ring_length
-        is_frame = (frames >= 0) & (frames < self._starts + torch.tensor(self.num_frames)[:, None])
+        is_frame = (frames >= 0) & (frames < starts + torch.tensor(self.num_frames)[:, None])
         is_right = is_before(self.num_right, self.right_context_length)
-        is_memory = torch.arange(self.max_memory_size) < self._starts // self.segment_length
+        is_memory = torch.arange(self.max_memory_size) < starts // self.segment_length
         return self._hide_memories(torch.cat([is_memory, is_right, is_frame], 1))
 
     def _hide_memories(self, is_key: torch.Tensor) -> torch.Tensor:

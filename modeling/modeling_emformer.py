@@ -175,14 +175,14 @@ class EmformerAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        memory: torch.Tensor,
+        memory: torch.Tensor | None,
         blocks: EmformerBlocks | EmformerStep,
-        attention_mask: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attention_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states: Normalised right contexts and frames `(blocks, rows, hidden)`.
-            memory: Memories from the layer below `(blocks, segments, hidden)`; no segments without summaries.
+            memory: Memories from the layer below `(blocks, segments, hidden)`, if there are summaries.
             blocks: What knows the keys and values of the past.
             attention_mask: Added to the scores `(blocks, 1, queries, keys)`.
 
@@ -191,15 +191,19 @@ class EmformerAttention(nn.Module):
         """
         query, key_value = self.emb_to_query(hidden_states), self.emb_to_key_value(hidden_states)
         memory_key_value = None
-        if num_memories := memory.shape[1]:
+        if num_memories := blocks.num_memory_rows:
             # The query of a mean is the mean of the queries.
             summaries = query[:, -num_memories * blocks.segment_length :].unflatten(1, (num_memories, -1)).mean(2)
             query, memory_key_value = torch.cat([query, summaries], 1), self.emb_to_key_value(memory)
-        key, value = blocks.update(key_value, memory_key_value, self.layer_idx).chunk(2, -1)
+        # Keys and values side by side to (2, blocks, heads, keys, head_dim).
+        key_value = blocks.update(key_value, memory_key_value, self.layer_idx)
+        key, value = key_value.view(*key_value.shape[:2], 2, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(
             self,
-            *(self._split_heads(states) for states in (query, key, value)),
+            query.view(*query.shape[:2], -1, self.head_dim).transpose(1, 2),  # (blocks, heads, queries, head_dim)
+            key,
+            value,
             attention_mask,
             scaling=self.scaling,
             dropout=self.dropout if self.training else 0.0,
@@ -209,9 +213,6 @@ class EmformerAttention(nn.Module):
             attended, memory = attended.split([hidden_states.shape[1], num_memories], 1)
             memory = self._bound(memory)
         return attended, memory
-
-    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (blocks, heads, rows, head_dim)
 
     def _bound(self, memory: torch.Tensor) -> torch.Tensor:
         if self.config.memory_activation == "tanh":
@@ -232,11 +233,10 @@ class EmformerLayer(GradientCheckpointingLayer):
             ACT2FN[config.hidden_act],
             nn.Dropout(config.dropout),
             nn.Linear(config.intermediate_size, config.hidden_size),
-            nn.Dropout(config.dropout),
         )
         self.layer_norm_input = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layer_norm_output = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(
         self, hidden_states: torch.Tensor, blocks: EmformerBlocks | EmformerStep, attention_mask: torch.Tensor | None
@@ -251,14 +251,18 @@ class EmformerLayer(GradientCheckpointingLayer):
         Returns:
             The same rows one layer up `(batch, rows, hidden)`.
         """
-        rows = blocks.split(hidden_states)
-        memory, rows = rows.split([blocks.num_memory_rows, rows.shape[1] - blocks.num_memory_rows], 1)
+        rows, memory = blocks.split(hidden_states), None
+        if num_memories := blocks.num_memory_rows:
+            memory, rows = rows.split([num_memories, rows.shape[1] - num_memories], 1)
         attended, memory = self.attention(self.layer_norm_input(rows), memory, blocks, attention_mask)
-        rows = self.dropout(attended) + rows
-        rows = self.layer_norm_output(self.pos_ff(rows) + rows)
-        if memory.shape[1]:
+        rows = self._drop(attended) + rows
+        rows = self.layer_norm_output(self._drop(self.pos_ff(rows)) + rows)
+        if memory is not None:
             rows = torch.cat([memory, rows], 1)
         return rows.view_as(hidden_states)
+
+    def _drop(self, states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(states, self.dropout) if self.training else states
 
 
 class EmformerPreTrainedModel(SpeechAdapterMixin, PreTrainedModel):
@@ -460,7 +464,7 @@ class EmformerModel(EmformerPreTrainedModel):
             raise ValueError("`past_key_values` and `padding_cache` must come from the same call, got one of them.")
         counts = [inputs.shape[1]] * len(inputs) if lengths is None else lengths.tolist()
         cache = EmformerCache(self.config) if cache is None else cache
-        is_last = torch.as_tensor(is_last).expand(len(inputs)).tolist()
+        is_last = is_last.tolist() if isinstance(is_last, torch.Tensor) else [is_last] * len(inputs)
         cache.check(counts)
         if is_subsampled:
             padding_cache = EmformerPaddingCache(self.config) if padding_cache is None else padding_cache
@@ -489,13 +493,13 @@ class EmformerModel(EmformerPreTrainedModel):
         self, step: EmformerStep, output_hidden_states: bool | None
     ) -> tuple[list[int], tuple[torch.Tensor, ...]]:
         """Encodes a segment of each stream that has one; returns how many frames of each are real, and states."""
-        mask, rows = step.make_mask(), step.lay_out()
-        states = (step.take_frames(rows),)
+        mask, rows, states = step.make_mask(), step.lay_out(), ()
         for layer in self.layers:
+            if output_hidden_states:
+                states += (step.take_frames(rows),)
             rows = layer(rows, step, mask)
-            states = (*states, step.take_frames(rows)) if output_hidden_states else (step.take_frames(rows),)
         step.commit()
-        return step.num_frames, states
+        return step.num_frames, (*states, step.take_frames(rows))
 
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states if self.projection is None else self.projection(hidden_states)
