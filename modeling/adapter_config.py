@@ -21,6 +21,21 @@ DEFAULT_TARGETS = {
         "replacement": "classifier",
         "bottleneck": r"encoder\.(conv|rnn_layers\.\d+)",
     },
+    # A bottleneck changes what each layer's feed-forward network adds; an mlp corrects the scores.
+    **dict.fromkeys(
+        ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "unispeech", "unispeech-sat", "sew", "wav2vec2-conformer"),
+        {
+            "mlp": "lm_head",
+            "replacement": "lm_head",
+            "bottleneck": r".*encoder\.layers\.\d+\.feed_forward\.output_dense",
+        },
+    ),
+    "wav2vec2-bert": {
+        "mlp": "lm_head",
+        "replacement": "lm_head",
+        "bottleneck": r".*encoder\.layers\.\d+\.ffn2\.output_dense",
+    },
+    "parakeet_ctc": {"bottleneck": r".*encoder\.layers\.\d+\.feed_forward2\.linear2"},
     "whisper": dict.fromkeys(("mlp", "bottleneck", "transformer"), ["encoder.layer_norm"]),
     "qwen2_audio": dict.fromkeys(("mlp", "bottleneck", "transformer"), ["multi_modal_projector"]),
 }

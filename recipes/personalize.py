@@ -7,22 +7,25 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/personalize.
 
 from functools import partial
 
-from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCTC,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    WhisperForConditionalGeneration,
+    set_seed,
+)
 
 from data.augmentation import RecipeAugmentation
-from data.collators import CTCCollator
-from data.text import set_language
+from inference.recognizers import WhisperRecognizer, find_recognizer_type, open_recognizer
 from modeling.adapter_loading import read_adapter
 from modeling.adapters import adapters_off, is_adapter_parameter
-from modeling.whole_models import load_whole
 from publishing.card import CardArguments
 from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results
 from training.arguments import parse_arguments
 from training.corpus_arguments import CorpusArguments, load_split
-from training.frozen_part import CacheArguments, cache_frozen_part
-from training.objectives.recognition import CTCObjective
+from training.frozen_part import CacheArguments
 from training.output_folder import check_output_dir, claim_output_dir
 from training.personal import (
     ADAPTER_NAME,
@@ -30,7 +33,6 @@ from training.personal import (
     MAX_TRAINABLE_SHARE,
     PersonalArguments,
     PersonalTrainingArguments,
-    SpeakerLoader,
     add_personal_adapter,
     collect_results,
     count_sizes,
@@ -38,8 +40,9 @@ from training.personal import (
     save_personal_outcome,
     score_datasets,
 )
-from training.stacks import personalize_many
-from training.trainer import AdapterTrainer, check_trainable
+from training.personal_models import make_personal_model
+from training.stacks import can_stack, personalize_each, personalize_many
+from training.trainer import check_trainable
 
 ARGUMENTS = (
     PersonalArguments,
@@ -54,9 +57,9 @@ ARGUMENTS = (
 def plan_model(arguments: tuple) -> PreTrainedModel:
     """Returns the model that such a run trains, made of configurations, with all adapters that train together."""
     personal_args, corpus_args, training_args = arguments[0], arguments[1], arguments[-1]
-    model = AutoModelForCTC.from_config(
-        AutoConfig.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False)
-    )
+    config = AutoConfig.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False)
+    is_whisper = find_recognizer_type(personal_args.model_name_or_path) is WhisperRecognizer
+    model = (WhisperForConditionalGeneration._from_config if is_whisper else AutoModelForCTC.from_config)(config)
     speakers = personal_args.speaker_id
     if speakers == [ALL_SPEAKERS]:
         corpus = load_split(corpus_args, corpus_args.train_split, required_columns=("speaker_id",))
@@ -80,7 +83,12 @@ def main() -> None:
     arguments = parse_arguments(*ARGUMENTS)
     speakers = arguments[0].speaker_id
     with claim_output_dir(arguments[-1]):
-        (personalize_many if len(speakers) > 1 or speakers == [ALL_SPEAKERS] else personalize)(*arguments)
+        if len(speakers) == 1 and speakers != [ALL_SPEAKERS]:
+            personalize(*arguments)
+        elif can_stack(arguments[0].model_name_or_path):
+            personalize_many(*arguments)
+        else:
+            personalize_each(personalize, *arguments)
 
 
 def personalize(
@@ -99,43 +107,42 @@ def personalize(
     set_seed(training_args.seed)
 
     # Model and adapter
-    model = load_whole(AutoModelForCTC, personal_args.model_name_or_path).to(PartialState().device)
-    processor = AutoProcessor.from_pretrained(personal_args.model_name_or_path, trust_remote_code=False)
-    set_language(processor.tokenizer, card_args.language)
+    recognizer = open_recognizer(personal_args.model_name_or_path, language=card_args.language)
+    model, processor = recognizer.model, recognizer.processor
     add_personal_adapter(model, processor, personal_args, seed=training_args.seed)
     check_trainable(model, max_share=1.0 if personal_args.unfreeze_base else MAX_TRAINABLE_SHARE)
 
     # Data
-    options = {"samples_per_logit": model.config.inputs_to_logits_ratio, "seed": training_args.seed}
-    loader = SpeakerLoader(personal_args, corpus_args, augmentation, processor, **options)
-    data = loader.load(personal_args.speaker_id[0])
     batch_size = training_args.per_device_eval_batch_size
-    score = partial(score_datasets, model, processor, data.evaluation, batch_size=batch_size)
+    personal = make_personal_model(recognizer, cache_args, batch_size=batch_size)
+    loader = personal.make_loader(personal_args, corpus_args, augmentation, seed=training_args.seed)
+    data = loader.load(personal_args.speaker_id[0])
+    score = partial(score_datasets, recognizer, batch_size=batch_size)
     with adapters_off(model):
-        base_scores = score()
+        base_scores = score(data.evaluation)
 
     # Trainer
     patience = training_args.early_stopping_patience
-    objective = CTCObjective(model)
-    trainer = AdapterTrainer(
+    objective = personal.make_objective()
+    trainer = personal.trainer_class(
         model=objective,
         args=training_args,
-        train_dataset=cache_frozen_part(data.train, objective.prefix, processor, cache_args, batch_size=batch_size),
+        train_dataset=personal.cache(data.train, objective),
         eval_dataset=data.evaluation[""],
-        data_collator=CTCCollator(processor),
+        data_collator=personal.collator,
         processing_class=processor,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-        score=lambda: score_datasets(model, processor, {"": data.evaluation[""]}, batch_size)[""],
+        score=lambda: score({"": data.evaluation[""]})[""],
     )
 
     # Train
     runtime = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics["train_runtime"]
 
     # Evaluate and save
-    results = collect_results(data, base_scores, score(), sizes=count_sizes(model), runtime=runtime)
+    results = collect_results(data, base_scores, score(data.evaluation), sizes=count_sizes(model), runtime=runtime)
     if not trainer.is_world_process_zero():
         return
-    subject = describe_personal_run(personal_args, corpus_args, card_args, hub_target, data.train.seconds)
+    subject = describe_personal_run(personal_args, corpus_args, card_args, hub_target, data.train_seconds)
     save_personal_outcome(model, processor, personal_args, subject, training_args.output_dir, results)
     print_results(results)
 

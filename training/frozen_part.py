@@ -252,7 +252,7 @@ def cache_frozen_part(
         batch_size: Utterances that the frozen part hears together.
     """
     if prefix is None:
-        logger.warning("The frozen part is not cached: the first layer is trainable.")
+        logger.warning("The frozen part is not cached: the first layer is trainable, or nothing frozen can run apart.")
         return dataset
     if dataset.is_random and not arguments.cache_variants:
         logger.warning(

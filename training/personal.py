@@ -1,11 +1,15 @@
 """One speaker's adapter: arguments, data, results and files, for one speaker alone and for many together."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig
 from torch import nn
+from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from data.augmentation import Augmentation
@@ -15,11 +19,11 @@ from data.speakers import select_speakers, share_speakers
 from data.spelling import MAX_CLIP_SECONDS
 from data.utterances import UtteranceDataset, decode_clips
 from inference.decoding import load_adapter
-from inference.scoring import evaluate_dataset
+from inference.recognizers import Recognizer
 from modeling import SpeechAdapterConfig
 from modeling.adapter_files import save_adapter
 from modeling.adapter_loading import locate_base
-from modeling.adapters import ADAPTER_WEIGHTS_NAME, find_adapter_layers
+from modeling.adapters import ADAPTER_WEIGHTS_NAME, find_adapter_layers, is_adapter_parameter
 from modeling.files import write_whole
 from publishing.card import CardArguments, CardSubject, write_card
 from publishing.hub import HubTarget
@@ -31,6 +35,27 @@ from training.trainer import RecipeTrainingArguments
 ADAPTER_NAME = "speaker"
 # Sizes for which an adapter stays below 4 % of a recogniser of a few million parameters.
 HIDDEN_SIZES = {"mlp": [128, 64], "replacement": [128, 64], "bottleneck": [24]}
+# Wider ones stay below 2 % of models of the Hub; of Whispers they were tried on the digits of people in training.
+LARGE_HIDDEN_SIZES = {"whisper": {"mlp": [384], "bottleneck": [384]}}
+OTHER_HIDDEN_SIZES = {"mlp": [256], "bottleneck": [32]}
+# A transformer of one layer, the least that there is.
+SMALL_TRANSFORMER = {"num_layers": 1, "num_heads": 4, "ffn_size": 64, "use_gate": False}
+OWN_MODELS = ("deepspeech2", "emformer")
+# Whose output LoRA changes, by type of model; of all others queries and values everywhere. Whisper's encoder stays as
+# it is, so that it runs once.
+LORA_TARGETS = {
+    "whisper": r"model\.decoder\.layers\.\d+\.(self_attn|encoder_attn)\.(q|k|v|out)_proj",
+    "wav2vec2-bert": r".*\.self_attn\.linear_[qv]",
+    # Its attention reads the weights of its linear maps and never calls them: LoRA on these does nothing.
+    "wavlm": r".*\.feed_forward\.(intermediate|output)_dense",
+    "emformer": r".*\.attention\.emb_to_(query|key_value)",
+    "deepspeech2": r"classifier\.\d+",
+}
+QUERIES_AND_VALUES = r".*\.(q|v)_proj"
+LORA, TRANSFORMER = "lora", "transformer"
+ADAPTER_KINDS = (*HIDDEN_SIZES, TRANSFORMER, LORA)
+# LoRA's update is scaled by this; rank and factor then change apart.
+LORA_SCALE = 2
 # An adapter larger than this share of the model is a mistake in its sizes.
 MAX_TRAINABLE_SHARE = 0.2
 PICTURE_NAME = "results.png"
@@ -56,8 +81,9 @@ class PersonalArguments:
         default=16, metadata={"help": "Of several speakers, how many train together; bounds the memory."}
     )
     adapter_kind: str = field(
-        default="bottleneck", metadata={"help": "Where and how the adapter acts.", "choices": list(HIDDEN_SIZES)}
+        default="bottleneck", metadata={"help": "Where and how the adapter acts.", "choices": list(ADAPTER_KINDS)}
     )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the kind lora."})
     adapter_hidden_sizes: list[int] | None = field(
         default=None, metadata={"help": "Widths of the adapter's hidden layers. Default: few, for a small base."}
     )
@@ -119,20 +145,30 @@ def add_personal_adapter(
     """Adds a fresh adapter to `model`, drawn by `seed`, or another user's to start from; or unfreezes the base."""
     torch.manual_seed(seed)
     if arguments.unfreeze_base:
-        model.unfreeze_base_model()
+        model.requires_grad_(True)
     elif arguments.init_adapter:
         options = {"allow_base_mismatch": arguments.allow_base_mismatch, "processor": processor}
         load_adapter(model, arguments.init_adapter, adapter_name, is_trainable=True, **options)
-        model.freeze_base_model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_adapter_parameter(name) and parameter.requires_grad)
     else:
-        config = SpeechAdapterConfig(
-            kind=arguments.adapter_kind,
-            hidden_sizes=arguments.adapter_hidden_sizes or HIDDEN_SIZES[arguments.adapter_kind],
-            dropout=arguments.adapter_dropout,
-        )
-        model.add_adapter(config, adapter_name)
+        model.add_adapter(make_personal_config(arguments, model.config.model_type), adapter_name)
     if not arguments.unfreeze_base:
         model.peft_config[adapter_name].base_model_name_or_path = locate_base(arguments.model_name_or_path)
+
+
+def make_personal_config(arguments: PersonalArguments, model_type: str) -> PeftConfig:
+    """Returns the configuration of a fresh adapter, in the places of its kind in this type of model."""
+    kind, dropout = arguments.adapter_kind, arguments.adapter_dropout
+    if kind == LORA:
+        targets = LORA_TARGETS.get(model_type, QUERIES_AND_VALUES)
+        alpha = LORA_SCALE * arguments.lora_rank
+        return LoraConfig(target_modules=targets, r=arguments.lora_rank, lora_alpha=alpha, lora_dropout=dropout)
+    if kind == TRANSFORMER:
+        return SpeechAdapterConfig(kind=kind, dropout=dropout, **SMALL_TRANSFORMER)
+    sizes = HIDDEN_SIZES if model_type in OWN_MODELS else LARGE_HIDDEN_SIZES.get(model_type, OTHER_HIDDEN_SIZES)
+    sizes = arguments.adapter_hidden_sizes or sizes.get(kind, HIDDEN_SIZES[kind])
+    return SpeechAdapterConfig(kind=kind, hidden_sizes=sizes, dropout=dropout)
 
 
 @dataclass(frozen=True)
@@ -143,12 +179,14 @@ class SpeakerData:
     Args:
         speaker_id: The speaker.
         train: Utterances to train on, within the seconds allowed.
+        train_seconds: Of speech in one epoch of them.
         evaluation: Datasets to score: the speaker's at `""`, the base's speakers' at `"others_"` if they are named.
         caution: What the card says of data that is both trained and evaluated on.
     """
 
     speaker_id: str
     train: UtteranceDataset
+    train_seconds: float
     evaluation: dict[str, UtteranceDataset]
     caution: str | None = None
 
@@ -217,25 +255,30 @@ class SpeakerLoader:
             evaluation["others_"] = select_speakers(self.eval_corpus, self.arguments.base_eval_speakers)
         if self.arguments.max_train_seconds is not None:
             train = take_seconds(train, self.arguments.max_train_seconds, seed=self.seed)
+        dataset = self.load_training(train)
+        datasets = {prefix: self.load_evaluation(corpus) for prefix, corpus in evaluation.items()}
+        return SpeakerData(speaker_id, dataset, self.count_seconds(dataset), datasets, self.caution)
+
+    def load_training(self, corpus: Dataset) -> UtteranceDataset:
+        """Returns a speaker's utterances to train on."""
         limits = {"max_speed": self.augmentation.max_speed, "max_clip_seconds": self.arguments.max_clip_seconds}
-        train_clips = decode_clips(train, **self.decode, **limits)
-        return SpeakerData(
-            speaker_id,
-            UtteranceDataset(train_clips, augmentation=self.augmentation, **self.join),
-            {
-                prefix: UtteranceDataset(decode_clips(corpus, **self.decode, is_evaluation=True), **self.join)
-                for prefix, corpus in evaluation.items()
-            },
-            self.caution,
-        )
+        clips = decode_clips(corpus, **self.decode, **limits)
+        return UtteranceDataset(clips, augmentation=self.augmentation, **self.join)
+
+    def load_evaluation(self, corpus: Dataset) -> UtteranceDataset:
+        """Returns utterances to score."""
+        return UtteranceDataset(decode_clips(corpus, **self.decode, is_evaluation=True), **self.join)
+
+    def count_seconds(self, dataset: UtteranceDataset) -> float:
+        """Returns the seconds of speech in one epoch."""
+        return dataset.seconds
 
 
-def score_datasets(model, processor, datasets: dict[str, UtteranceDataset], batch_size: int) -> dict[str, dict]:
+def score_datasets(
+    recognizer: Recognizer, datasets: Mapping[str, TorchDataset], *, batch_size: int
+) -> dict[str, dict]:
     """Returns the overall scores of each dataset."""
-    return {
-        name: evaluate_dataset(model, processor, dataset, batch_size=batch_size)["overall"]
-        for name, dataset in datasets.items()
-    }
+    return {name: recognizer.score(dataset, batch_size=batch_size)["overall"] for name, dataset in datasets.items()}
 
 
 def find_stacked_blocks(model: nn.Module, adapter_name: str) -> nn.ModuleList:
@@ -253,11 +296,11 @@ def count_sizes(model: PreTrainedModel, adapter_name: str | None = None) -> dict
         adapter_name: Count this adapter as the only one.
     """
     if adapter_name is None:
-        trainable, total = model.count_parameters(trainable_only=True)["total"], model.count_parameters()["total"]
-    else:
-        trainable = sum(parameter.numel() for parameter in find_stacked_blocks(model, adapter_name).parameters())
-        total = model.count_parameters()["base"] + trainable
-    return {"trainable_parameters": trainable, "total_parameters": total}
+        trainable = model.num_parameters(only_trainable=True)
+        return {"trainable_parameters": trainable, "total_parameters": model.num_parameters()}
+    trainable = sum(parameter.numel() for parameter in find_stacked_blocks(model, adapter_name).parameters())
+    base = sum(value.numel() for name, value in model.named_parameters() if not is_adapter_parameter(name))
+    return {"trainable_parameters": trainable, "total_parameters": base + trainable}
 
 
 def collect_results(
@@ -279,7 +322,7 @@ def collect_results(
             results |= {f"{prefix}base_{rate}": before[prefix][rate], f"{prefix}eval_{rate}": after[prefix][rate]}
     results |= {"rate": before[""]["rate"], **sizes, "train_runtime": runtime}
     results |= {"caution": data.caution} if data.caution else {}
-    return results | {"speaker_id": data.speaker_id, "train_seconds": round(data.train.seconds, 2)}
+    return results | {"speaker_id": data.speaker_id, "train_seconds": round(data.train_seconds, 2)}
 
 
 def describe_personal_run(

@@ -5,11 +5,13 @@ A speaker's loss is the mean over the speaker's own rows, so its adapter gets th
 order, dropout, schedule, clipping, early stopping and best state are each speaker's own too.
 """
 
+import copy
 import logging
 import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,12 +24,21 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCTC, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import (
+    MODEL_FOR_CTC_MAPPING,
+    AutoConfig,
+    AutoModelForCTC,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+    set_seed,
+)
 from transformers.trainer_utils import IntervalStrategy
 
 from data.augmentation import Augmentation
 from data.collators import CTCCollator
 from data.text import set_language
+from inference.recognizers import CTCRecognizer
 from inference.scoring import evaluate_dataset
 from modeling.adapters import ADAPTER_WEIGHTS_NAME, adapters_off
 from modeling.files import find_whole
@@ -309,7 +320,15 @@ def _evaluate(objective: CTCObjective, members: Sequence[StackMember], collate: 
     _set_training(objective)
 
 
-def check_many(personal_args: PersonalArguments, training_args: PersonalTrainingArguments) -> None:
+def can_stack(model_name_or_path: str) -> bool:
+    """Whether adapters of many speakers can train in one pass: the frozen part of such a recogniser runs apart."""
+    config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+    return hasattr(MODEL_FOR_CTC_MAPPING.get(type(config), None), "stages")
+
+
+def check_many(
+    personal_args: PersonalArguments, training_args: PersonalTrainingArguments, *, is_stacked: bool = True
+) -> None:
     """
     Makes sure that the arguments make sense for several speakers.
 
@@ -324,7 +343,8 @@ def check_many(personal_args: PersonalArguments, training_args: PersonalTraining
         )
     if personal_args.speakers_per_stack < 1:
         raise ValueError(f"`speakers_per_stack` must be at least 1, got {personal_args.speakers_per_stack}.")
-    check_stackable(training_args)
+    if is_stacked:
+        check_stackable(training_args)
 
 
 def list_unfinished(folders: Mapping[str, str], output_dir: str, *, is_resumed: bool) -> list[str]:
@@ -400,9 +420,8 @@ class StackRunner:
         self.model, self.processor, self.loader, self.arguments = model, processor, loader, arguments
         self.folders = folders
         self.training_args: PersonalTrainingArguments = arguments[PersonalTrainingArguments]
-        self.score = partial(
-            score_datasets, model, processor, batch_size=self.training_args.per_device_eval_batch_size
-        )
+        batch_size = self.training_args.per_device_eval_batch_size
+        self.score = partial(score_datasets, CTCRecognizer(model, processor), batch_size=batch_size)
 
     def run(self, speakers: Sequence[str]) -> list[dict]:
         """
@@ -481,7 +500,7 @@ class StackRunner:
             self.arguments[CorpusArguments],
             self.arguments[CardArguments],
             None,
-            data.train.seconds,
+            data.train_seconds,
         )
         results["folder"] = self.folders[data.speaker_id]
         folder = Path(self.training_args.output_dir) / results["folder"]
@@ -570,6 +589,58 @@ def personalize_many(
     if not state.is_main_process:
         return
     rows = sorted(rows + read_finished(finished, training_args.output_dir), key=lambda row: row["speaker_id"])
-    write_results(training_args.output_dir, summarize(rows))
-    draw_speakers(Path(training_args.output_dir) / PICTURE_NAME, rows[:MAX_DRAWN])
+    report_many(rows, training_args.output_dir)
+
+
+def report_many(rows: Sequence[dict], output_dir: str) -> None:
+    """Writes and prints the results of all speakers."""
+    write_results(output_dir, summarize(rows))
+    draw_speakers(Path(output_dir) / PICTURE_NAME, rows[:MAX_DRAWN])
     print(format_rows(rows))
+
+
+def personalize_each(
+    personalize: Callable[..., None],
+    personal_args: PersonalArguments,
+    corpus_args: CorpusArguments,
+    augmentation: Augmentation,
+    cache_args: CacheArguments,
+    card_args: CardArguments,
+    training_args: PersonalTrainingArguments,
+) -> None:
+    """
+    As [`personalize_many`], one speaker after the other: for recognisers whose adapters cannot train in one pass.
+
+    Args:
+        personalize: Trains one speaker's adapter; it takes the arguments that follow.
+
+    Raises:
+        ValueError: As [`personalize_many`].
+    """
+    check_many(personal_args, training_args, is_stacked=False)
+    logger.warning("The speakers train one after the other: this recogniser's adapters cannot share a pass.")
+    loader = SpeakerLoader(
+        personal_args, corpus_args, augmentation, None, samples_per_logit=1, seed=training_args.seed
+    )
+    folders = name_folders(loader.find_speakers())
+    is_resumed = bool(training_args.resume_from_checkpoint)
+    for speaker in list_unfinished(folders, training_args.output_dir, is_resumed=is_resumed):
+        own_args = copy.copy(training_args)
+        own_args.output_dir = str(Path(training_args.output_dir) / folders[speaker])
+        own_args.resume_from_checkpoint = is_resumed and Path(own_args.output_dir).is_dir() or None
+        own = (replace(personal_args, speaker_id=[speaker]), corpus_args, augmentation, cache_args, card_args)
+        try:
+            personalize(*own, own_args)
+        except ValueError as error:
+            if personal_args.speaker_id != [ALL_SPEAKERS]:
+                raise
+            logger.warning("Speaker %r is left out: %s", speaker, error)
+    finished = {
+        speaker: name
+        for speaker, name in folders.items()
+        if (Path(training_args.output_dir) / name / RESULTS_NAME).is_file()
+    }
+    if not finished:
+        raise ValueError("`speaker_id` all must find a speaker whose data can be used, got none: see the warnings.")
+    if PartialState().is_main_process:
+        report_many(read_finished(finished, training_args.output_dir), training_args.output_dir)
