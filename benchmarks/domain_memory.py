@@ -34,7 +34,7 @@ from inference.audio_models import find_family, find_tower
 from modeling.adapter_config import PRESETS
 from publishing.report import format_table
 from training.audio_tower import run_tower
-from training.domain_methods import METHODS, DomainArguments, add_method, make_config
+from training.domain_methods import METHODS, DomainArguments, add_method, make_method_config
 from training.planning import quantize_shapes
 
 # "Qwen2-Audio Technical Report" (arXiv 2407.10759) and the published model's config.json. Its tower is the default of
@@ -167,7 +167,7 @@ def make_objective(row: str, config: Qwen2AudioConfig, dtype: str, device: torch
     arguments = DomainArguments("qwen2_audio", **ROWS[row])
     model = make_model(config, dtype, device, tower_only=arguments.tower_only)
     if row in STOCK:
-        return StockObjective(get_peft_model(model, make_config(arguments, find_family(config))))
+        return StockObjective(get_peft_model(model, make_method_config(arguments, find_family(config))))
     return add_method(model, arguments)
 
 

@@ -59,7 +59,7 @@ def to_torchaudio_name(name: str, *, is_rnnt: bool) -> str:
     return names[ours] + name.removeprefix(ours)
 
 
-def infer_config(state: Mapping[str, torch.Tensor], *, path: str | Path, **settings) -> EmformerConfig:
+def infer_emformer_config(state: Mapping[str, torch.Tensor], *, path: str | Path, **settings) -> EmformerConfig:
     """
     Returns the configuration that the shapes of an encoder's weights and `settings` tell.
 
@@ -98,7 +98,7 @@ def infer_config(state: Mapping[str, torch.Tensor], *, path: str | Path, **setti
     return EmformerConfig(**sizes, **settings)
 
 
-def convert_checkpoint(path: str | Path, **settings) -> EmformerModel:
+def convert_emformer_checkpoint(path: str | Path, **settings) -> EmformerModel:
     """
     Returns torchaudio's encoder as ours, in evaluation mode.
 
@@ -106,7 +106,7 @@ def convert_checkpoint(path: str | Path, **settings) -> EmformerModel:
 
     Args:
         path: A whole model or its `state_dict`, saved by torch.
-        settings: What no shape tells, as in [`infer_config`].
+        settings: What no shape tells, as in [`infer_emformer_config`].
 
     Raises:
         ValueError: The file is missing, damaged or unsafe, its weights are another architecture's, or a setting is
@@ -116,7 +116,7 @@ def convert_checkpoint(path: str | Path, **settings) -> EmformerModel:
     if any(name.startswith(TRANSCRIBER) for name in state):
         state = {name: value for name, value in state.items() if not name.startswith(OTHER_PARTS)}
         state = {name.removeprefix(TRANSCRIBER): value for name, value in state.items()}
-    config = infer_config(state, path=path, **settings)
+    config = infer_emformer_config(state, path=path, **settings)
     model = EmformerModel(config)
     is_rnnt = config.subsampling == "stack"
     names = {name: to_torchaudio_name(name, is_rnnt=is_rnnt) for name in model.state_dict()}

@@ -60,7 +60,7 @@ def group_trainable(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def list_trainable(model: nn.Module) -> list[dict[str, object]]:
+def list_trainable_names(model: nn.Module) -> list[dict[str, object]]:
     """
     Returns a row for each module that trains: `module`, `tensors`, `parameters`, and their `share` of the whole model.
 
@@ -68,10 +68,10 @@ def list_trainable(model: nn.Module) -> list[dict[str, object]]:
 
     ```python
     >>> from torch import nn
-    >>> from publishing.domain_report import list_trainable
+    >>> from publishing.domain_report import list_trainable_names
 
     >>> model = nn.ModuleDict({"tower": nn.Linear(2, 2).requires_grad_(False), "projector": nn.Linear(2, 3)})
-    >>> list_trainable(model)
+    >>> list_trainable_names(model)
     [{'module': 'projector', 'tensors': 2, 'parameters': 9, 'share': 0.6}]
 
     ```

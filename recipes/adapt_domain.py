@@ -31,7 +31,7 @@ from training.domain_methods import (
     add_method,
     load_base,
     make_collator,
-    make_config,
+    make_method_config,
     prepare_training,
 )
 from training.domain_results import (
@@ -61,7 +61,7 @@ def plan_model(arguments: tuple) -> nn.Module:
     if domain_args.load_in_4bit:
         quantize_shapes(model)
     if domain_args.method != "none":
-        add_adapter(model, make_config(domain_args, family), ADAPTER_NAME)
+        add_adapter(model, make_method_config(domain_args, family), ADAPTER_NAME)
     if domain_args.objective != "distill":
         return model
     return nn.ModuleDict({"tower": find_tower(model), "speech_adapter_block": find_tower_block(model, ADAPTER_NAME)})

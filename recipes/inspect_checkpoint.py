@@ -14,7 +14,7 @@ from converters.streamspeech import DECODER_PREFIXES, KINDS, TranslationCheckpoi
 from modeling import EchoStreamConfig, EchoStreamForSpeechToSpeechTranslation
 from publishing.report import format_table
 from training.arguments import parse_arguments
-from training.start import StartArguments, StartReport, make_config, plan_loading, recommend_start
+from training.start import StartArguments, StartReport, make_translation_config, plan_loading, recommend_start
 from training.translation import TRANSLATION_ARGUMENTS
 
 NUM_SHOWN = 5  # weights of another shape
@@ -52,7 +52,7 @@ def find_config(checkpoint: TranslationCheckpoint, path: str | None) -> EchoStre
         name: len(checkpoint.state[weight]) for name, weight in HEAD_WEIGHTS.items() if weight in checkpoint.state
     }
     defaults = {"source_vocab_size": arguments.vocab_size, "vocab_size": arguments.vocab_size}
-    return make_config(arguments, None, num_units=arguments.num_units, **{**defaults, **sizes})
+    return make_translation_config(arguments, None, num_units=arguments.num_units, **{**defaults, **sizes})
 
 
 def describe_plan(report: StartReport) -> str:

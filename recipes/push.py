@@ -14,7 +14,7 @@ from publishing.card import CardArguments, is_hub_name, read_subject
 from publishing.hub import HubTarget, check_target, push_folder
 
 
-def parse_command(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_push_command(argv: list[str] | None = None) -> argparse.Namespace:
     """Returns the folder and the flags, which are those of the recipes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="Output folder of a recipe.")
@@ -31,7 +31,7 @@ def parse_command(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Pushes a folder that was trained earlier."""
-    arguments = parse_command(argv)
+    arguments = parse_push_command(argv)
     card = CardArguments(arguments.language, arguments.dataset_licence, arguments.licence)
     corrections = {name: value for name, value in asdict(card).items() if value is not None}
 

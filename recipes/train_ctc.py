@@ -233,10 +233,10 @@ def main() -> None:
     """Runs the recipe."""
     arguments = parse_arguments(*ARGUMENTS)
     with claim_output_dir(arguments[-1]):
-        train(*arguments)
+        train_recognizer(*arguments)
 
 
-def train(
+def train_recognizer(
     model_args: ModelArguments,
     corpus_args: TrainingCorpusArguments,
     augmentation: RecipeAugmentation,

@@ -22,7 +22,7 @@ from publishing.domain_report import (
     draw_maps,
     find_transformer_blocks,
     group_trainable,
-    list_trainable,
+    list_trainable_names,
     measure_gates,
     write_domain_report,
 )
@@ -79,7 +79,7 @@ def find_healthy_rows(callback: DomainReportCallback) -> list[dict]:
 
 
 def test_trainable_rows_count_every_trainable_parameter_once(adapted):
-    rows = list_trainable(adapted)
+    rows = list_trainable_names(adapted)
     expected = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
     assert sum(row["parameters"] for row in rows) == expected
@@ -89,7 +89,7 @@ def test_trainable_rows_count_every_trainable_parameter_once(adapted):
 
 def test_trainable_rows_take_the_layers_of_a_stack_together(whisper):
     whisper.add_adapter(LoraConfig(r=2, target_modules=r".*decoder.*self_attn\.q_proj"), "lora")
-    assert [(row["module"], row["tensors"], row["parameters"]) for row in list_trainable(whisper)] == [
+    assert [(row["module"], row["tensors"], row["parameters"]) for row in list_trainable_names(whisper)] == [
         ("model.decoder.layers.*.self_attn.q_proj.lora_A.lora", 2, 2 * 2 * 16),
         ("model.decoder.layers.*.self_attn.q_proj.lora_B.lora", 2, 2 * 2 * 16),
     ]
@@ -169,7 +169,7 @@ def test_history_of_another_method_has_neither_gates_nor_scale(whisper, tmp_path
 def test_report_comes_back_from_disk_with_its_pictures(adapted, tmp_path):
     callback = train(adapted, tmp_path / "training", max_steps=2)
     results = {"ldv_wer_before": 0.5, "ldv_wer_after": 0.25, "microphone_wer_before": 0.1, "method": "domain_adapter"}
-    report = {"trainable": list_trainable(adapted), "history": callback.history, "results": results}
+    report = {"trainable": list_trainable_names(adapted), "history": callback.history, "results": results}
     report["maps"] = [{"clip": "a.wav", "adapter": BLOCK, "picture": "report_maps_0.png"}]
     pictures = write_domain_report(tmp_path / "out", report)
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from converters.torchaudio_emformer import convert_checkpoint, infer_config, to_torchaudio_name
+from converters.torchaudio_emformer import convert_emformer_checkpoint, infer_emformer_config, to_torchaudio_name
 from modeling import EmformerConfig, EmformerModel
 
 CONTEXTS = {"segment_length": 4, "left_context_length": 6, "right_context_length": 2, "max_memory_size": 3}
@@ -33,7 +33,7 @@ def test_an_emformer_converts_by_name(tmp_path):
     path = save(model, tmp_path / "emformer.pt", is_rnnt=False)
     assert "emformer_layers.1.attention.emb_to_key_value.weight" in torch.load(path)
     frames = torch.randn(1, 50, 16)
-    converted = convert_checkpoint(path, **SETTINGS)
+    converted = convert_emformer_checkpoint(path, **SETTINGS)
     assert torch.equal(converted(frames).last_hidden_state, model(frames).last_hidden_state)
 
 
@@ -42,7 +42,7 @@ def test_the_transcriber_of_an_rnnt_converts_by_name(tmp_path):
     others = {"predictor.embedding.weight": torch.zeros(3, 4), "joiner.linear.weight": torch.zeros(3, 4)}
     path = save(model, tmp_path / "rnnt.pt", is_rnnt=True, **others)
     features = torch.randn(1, 90, 8)
-    converted = convert_checkpoint(path, **SETTINGS)
+    converted = convert_emformer_checkpoint(path, **SETTINGS)
     assert converted.config.subsampling_factor == 4
     assert torch.equal(converted(features).last_hidden_state, model(features).last_hidden_state)
 
@@ -51,7 +51,7 @@ def test_the_preset_needs_no_settings():
     shapes = {"input_linear.weight": (128, 80), "output_linear.weight": (1024, 512)}
     shapes |= {f"transformer.emformer_layers.{index}.pos_ff.1.weight": (2048, 512) for index in range(20)}
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    config = infer_config(state, path="emformer_rnnt_base.pt")
+    config = infer_emformer_config(state, path="emformer_rnnt_base.pt")
     assert (config.segment_length, config.right_context_length, config.left_context_length) == (4, 1, 30)
     assert (config.num_attention_heads, config.hidden_act, config.output_size) == (8, "gelu", 1024)
 
@@ -61,19 +61,19 @@ def test_what_no_shape_tells_must_be_given(tmp_path):
     path = save(model, tmp_path / "emformer.pt", is_rnnt=False)
     settings = {name: value for name, value in SETTINGS.items() if name != "segment_length"}
     with pytest.raises(ValueError, match="`segment_length` must be given: no shape in .*emformer.pt tells it"):
-        convert_checkpoint(path, **settings)
+        convert_emformer_checkpoint(path, **settings)
 
 
 def test_other_checkpoints_are_refused(tmp_path):
     model = make_model(num_mel_bins=16, subsampling="none", subsampling_factor=1)
     path = save(model, tmp_path / "more.pt", is_rnnt=False, extra=torch.zeros(1))
     with pytest.raises(ValueError, match="the weights of torchaudio's layout, got .*; leftover names: extra"):
-        convert_checkpoint(path, **SETTINGS)
+        convert_emformer_checkpoint(path, **SETTINGS)
     torch.save({"encoder.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
     with pytest.raises(
         ValueError, match="`checkpoint` must be torchaudio's Emformer or RNN-T, got .*other.pt without"
     ):
-        convert_checkpoint(tmp_path / "other.pt", **SETTINGS)
+        convert_emformer_checkpoint(tmp_path / "other.pt", **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,9 @@ def test_values_and_gradients_are_those_of_torchaudio(memory_activation, torchau
         tanh_on_mem=memory_activation == "tanh",
     )
     torch.save(theirs.state_dict(), tmp_path / "emformer.pt")
-    ours = convert_checkpoint(tmp_path / "emformer.pt", **SETTINGS | {"memory_activation": memory_activation}).double()
+    ours = convert_emformer_checkpoint(
+        tmp_path / "emformer.pt", **SETTINGS | {"memory_activation": memory_activation}
+    ).double()
     theirs = theirs.double().eval()
     for num_frames in (1, 50, 151):
         # Their right context follows the frames that are encoded; ours is at the end of an utterance cut short.
@@ -132,7 +134,7 @@ def test_values_and_gradients_are_those_of_torchaudio(memory_activation, torchau
 def test_the_rnnt_preset_of_torchaudio_converts(torchaudio_models, tmp_path):
     theirs = torchaudio_models.emformer_rnnt_base(5).eval()
     torch.save(theirs.state_dict(), tmp_path / "rnnt.pt")
-    ours = convert_checkpoint(tmp_path / "rnnt.pt")
+    ours = convert_emformer_checkpoint(tmp_path / "rnnt.pt")
     features = torch.randn(1, 84, 80)
     expected, lengths = theirs.transcribe(features, torch.tensor([80]))
     assert lengths.tolist() == [20]

@@ -39,7 +39,7 @@ def parse_arguments(*argument_types: type, argv: Sequence[str] | None = None) ->
     flags = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
     tokens = mark_files(sys.argv[1:] if argv is None else argv, known=flags)
     config = _find_config(tokens)
-    from_file = read_config(config, known=flags) if config else []
+    from_file = read_config_file(config, known=flags) if config else []
     for token in tokens:
         if token.startswith("--") and token[2:].split("=")[0] not in flags:
             raise ValueError(f"`{token.split('=')[0]}` is not a flag of this recipe.{_suggest(token[2:], flags)}")
@@ -85,7 +85,7 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     return f" Did you mean `{close[0]}`?" if close else " `--help` lists the flags."
 
 
-def read_config(path: str | Path, *, known: Sequence[str]) -> list[str]:
+def read_config_file(path: str | Path, *, known: Sequence[str]) -> list[str]:
     """
     Returns the entries of a YAML file as command-line tokens, each value as it is written.
 

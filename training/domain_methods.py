@@ -131,7 +131,7 @@ class DomainArguments:
         return self.objective != "task"
 
 
-def make_config(arguments: DomainArguments, family: Family) -> PeftConfig:
+def make_method_config(arguments: DomainArguments, family: Family) -> PeftConfig:
     """Returns the configuration of the method's adapter."""
     dropout = arguments.adapter_dropout
     if arguments.method == "domain_adapter":
@@ -167,7 +167,7 @@ def load_base(arguments: DomainArguments, prompt: Prompt) -> PreTrainedModel:
 
 def add_method(model: PreTrainedModel, arguments: DomainArguments) -> DomainObjective:
     """Adds the method's fresh adapter to `model`; returns it with what is minimised."""
-    add_adapter(model, make_config(arguments, find_family(model.config)), ADAPTER_NAME)
+    add_adapter(model, make_method_config(arguments, find_family(model.config)), ADAPTER_NAME)
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = locate_base(arguments.model_name_or_path)
     block = find_tower_block(model, ADAPTER_NAME) if arguments.needs_pairs else None
     weight = arguments.distill_weight

@@ -22,7 +22,7 @@ from publishing.domain_report import (
     DomainReportCallback,
     draw_clip_maps,
     find_transformer_blocks,
-    list_trainable,
+    list_trainable_names,
     write_domain_report,
 )
 from publishing.hub import HubTarget
@@ -229,7 +229,7 @@ def save_domain_outcome(
     """
     results["adapter_bytes"] = (Path(folder) / ADAPTER_WEIGHTS_NAME).stat().st_size
     write_results(folder, results)
-    content = {"trainable": list_trainable(trained), "history": report.history, "results": results, "maps": maps}
+    content = {"trainable": list_trainable_names(trained), "history": report.history, "results": results, "maps": maps}
     pictures = write_domain_report(folder, content)
     details = "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures)
     write_card(folder, replace(subject, details=f"## Report\n\n{details}" if pictures else None))

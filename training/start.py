@@ -282,7 +282,7 @@ def load_weights(
     return report
 
 
-def make_config(
+def make_translation_config(
     arguments: StartArguments,
     checkpoint: TranslationCheckpoint | None,
     *,

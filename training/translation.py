@@ -40,7 +40,7 @@ from training.start import (
     choose_tokenizers,
     find_num_units,
     load_weights,
-    make_config,
+    make_translation_config,
     read_report,
 )
 from training.trainer import check_trainable
@@ -210,7 +210,7 @@ def build_translation_model(
     }
     source_tokenizer, target_tokenizer, excluded = choose_tokenizers(start_args, checkpoint, texts, languages)
     units = find_num_units(corpus["units"]) if "units" in corpus.column_names else None
-    config = make_config(
+    config = make_translation_config(
         start_args,
         checkpoint,
         source_vocab_size=len(source_tokenizer),
