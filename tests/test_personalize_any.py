@@ -50,7 +50,8 @@ def personalize(run_recipe_main, bases, corpus, tmp_path):
     def run(family: str, *flags: object, speaker_id: str = "ann", steps: int = 4) -> str:
         run_recipe_main(
             main, "--model_name_or_path", bases[family], "--dataset", corpus, "--speaker_id", speaker_id,
-            "--adapter_hidden_sizes", 2, "--lora_rank", 1, "--max_steps", steps, "--learning_rate", "1e-2", "--language", "en", "--output_dir", tmp_path / "out",
+            "--adapter_hidden_sizes", 2, "--lora_rank", 1,
+            "--max_steps", steps, "--learning_rate", "1e-2", "--language", "en", "--output_dir", tmp_path / "out",
             "--pause_share", 0, "--room_share", 0, "--device_share", 0, "--cache_dir", tmp_path / "cache", *flags,
         )  # fmt: skip
         return str(tmp_path / "out")
