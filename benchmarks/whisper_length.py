@@ -19,6 +19,8 @@ from modeling.audio_encoders import run_encoder
 from modeling.processing_audio_lm import AudioLMProcessor
 
 RATE = 16_000
+CONTEXT = "min_input_frames"  # silence as 30 s have it, beside the stock encoder's own states of silence
+CUT = "30 s, the states of the clip alone"
 
 
 def read_clips(folder: Path, split: str, column: str, text: str, limit: int) -> list[tuple[np.ndarray, str]]:
@@ -37,7 +39,10 @@ def hear(model: WhisperForConditionalGeneration, features: torch.Tensor, languag
 
 @torch.no_grad()
 def main() -> None:
-    """Prints, for each length of silence behind the clip, similarity of states and word error rate."""
+    """
+    Prints, for each length of silence behind the clip, how alike states are (cosine), the word error rate, and the
+    share of words misheard or missed, whatever the decoder goes on to say after the clip's end.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model_name_or_path", help="Folder or Hub name of a Whisper.")
     parser.add_argument("folder", type=Path, help="Folder with metadata.csv.")
@@ -58,19 +63,31 @@ def main() -> None:
         features = extractor(clip, sampling_rate=RATE, return_tensors="pt").input_features
         padded = model.model.encoder(features).last_hidden_state
         said.setdefault("30 s", []).append(hear(model, padded, args.language))
+        rows = AudioLMProcessor.extract_window(extractor, clip).unsqueeze(0)
+        context = extractor.nb_max_frames
+        states = run_encoder(model.model.encoder, rows, min_inputs=context)[0].last_hidden_state
+        frames = states.shape[1]
+        cosines.setdefault(CONTEXT, []).append(
+            float(torch.cosine_similarity(states, padded[:, :frames], dim=-1).mean())
+        )
+        whole = torch.cat([states, padded[:, frames:]], dim=1)
+        said.setdefault(CONTEXT, []).append(hear(model, whole, args.language))
+        said.setdefault(CUT, []).append(hear(model, padded[:, :frames], args.language))
         for seconds in args.silence:
             longer = np.pad(clip, (0, int(seconds * RATE)))
             rows = AudioLMProcessor.extract_window(extractor, longer).unsqueeze(0)
             states = run_encoder(model.model.encoder, rows)[0].last_hidden_state
             frames = -(-len(clip) // 320)
             similarity = torch.cosine_similarity(states[:, :frames], padded[:, :frames], dim=-1).mean()
-            cosines.setdefault(seconds, []).append(float(similarity))
+            cosines.setdefault(f"{seconds} s", []).append(float(similarity))
             said.setdefault(f"{seconds} s", []).append(hear(model, states, args.language))
     for name, tokens in said.items():
         texts = [normalize(processor.batch_decode(row, skip_special_tokens=True)[0]) for row in tokens]
-        error = 100 * jiwer.wer(references, texts)
-        cosine = np.mean(cosines.get(float(name[:-2]), [1.0]))
-        result = {"behind the clip": name, "wer": round(error, 2), "cosine": round(float(cosine), 4)}
+        words = jiwer.process_words(references, texts)
+        heard = 100 * (words.substitutions + words.deletions) / (words.hits + words.substitutions + words.deletions)
+        cosine = float(np.mean(cosines.get(name, [1.0])))
+        result = {"behind the clip": name, "wer": round(100 * words.wer, 2), "missed": round(heard, 2)}
+        result["cosine"] = round(cosine, 4)
         print(json.dumps(result | {"clips": len(references)}))
 
 

@@ -143,6 +143,7 @@ def run_encoder(
     input_features: torch.Tensor,
     input_features_mask: torch.Tensor | None = None,
     *,
+    min_inputs: int = 0,
     output_hidden_states: bool = False,
 ) -> tuple[BaseModelOutput, torch.Tensor]:
     """
@@ -156,6 +157,9 @@ def run_encoder(
         encoder: Whisper's, or any that keeps the contract.
         input_features: `(batch, mel, frames)` for Whisper, `(batch, samples)` for waves, else as the encoder takes it.
         input_features_mask: 1 for an input, 0 for padding on the right, `(batch, frames or samples)`.
+        min_inputs: Let Whisper hear silence behind a clip up to so many frames of features; its states are left out.
+            3000 is what it was trained with: slower, and states as the stock class gives them, but for the two frames
+            behind the clip in which its end fades.
         output_hidden_states: Also return all layers' states.
 
     Returns:
@@ -175,6 +179,12 @@ def run_encoder(
     input_features = input_features.narrow(time, 0, int(lengths.max())).to(encoder.dtype)
     input_features_mask = input_features_mask[:, : int(lengths.max())]
     if isinstance(encoder, WhisperEncoder):
+        if min_inputs:
+            input_features = add_silence(input_features, lengths, min_inputs)
+            lengths = lengths.clamp(min=min_inputs)
+            heard = count_frames(encoder, lengths)
+            output = _run_whisper(encoder, input_features, lengths, heard, output_hidden_states=output_hidden_states)
+            return _cut(output, int(frames.max())), frames
         output = _run_whisper(encoder, input_features, lengths, frames, output_hidden_states=output_hidden_states)
     elif getattr(encoder.config, "feat_extract_norm", None) == "group":
         output = _run_by_length(encoder, input_features, lengths, output_hidden_states=output_hidden_states)
@@ -196,6 +206,26 @@ def _check_lengths(encoder: PreTrainedModel, lengths: torch.Tensor, frames: torc
             f"`input_features` must be long enough for one frame of the encoder, got a clip of {int(lengths.min())}. "
             "Leave such clips out."
         )
+
+
+def add_silence(input_features: torch.Tensor, lengths: torch.Tensor, min_inputs: int) -> torch.Tensor:
+    """
+    Returns log-mel features `(batch, mel, frames)` of at least `min_inputs` frames, silence behind each clip.
+
+    Whisper's features of silence lie 8 below the loudest bin of the clip in log10, 2 after its scaling, and not below
+    those of no energy at all: (log10(1e-10) + 4) / 4.
+    """
+    extra = max(0, min_inputs - input_features.shape[-1])
+    is_frame = torch.arange(input_features.shape[-1], device=lengths.device) < lengths.unsqueeze(1)
+    loudest = input_features.masked_fill(~is_frame.unsqueeze(1), -torch.inf).amax((1, 2), keepdim=True)
+    silence = (loudest - 2).clamp(min=-1.5)
+    padded = torch.where(is_frame.unsqueeze(1), input_features, silence)
+    return torch.cat([padded, silence.expand(-1, padded.shape[1], extra)], dim=-1)
+
+
+def _cut(output: BaseModelOutput, num_frames: int) -> BaseModelOutput:
+    states = None if output.hidden_states is None else tuple(kept[:, :num_frames] for kept in output.hidden_states)
+    return BaseModelOutput(last_hidden_state=output.last_hidden_state[:, :num_frames], hidden_states=states)
 
 
 def _run_whisper(

@@ -32,6 +32,8 @@ class AudioLMConfig(PreTrainedConfig):
         window_tokens (`int`): Tokens a window; more than 1 with a `"qformer"` only.
         encoder_layer (`int | str`): Which states of the encoder the projector reads: `"last"`, `"mix"` (a learned
             weighted sum of all layers) or an index into its hidden states, 0 being what goes into the first layer.
+        min_input_frames (`int`): Frames of features up to which Whisper hears silence behind a clip; 3000, its 30 s,
+            is what it was trained with. The silence takes no tokens.
 
     Example:
 
@@ -64,6 +66,7 @@ class AudioLMConfig(PreTrainedConfig):
     window_frames: int = 4
     window_tokens: int = 1
     encoder_layer: int | str = LAST
+    min_input_frames: int = 0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -96,8 +99,18 @@ class AudioLMConfig(PreTrainedConfig):
                 f"`encoder_layer` must be last, mix or an index below {layers}, got {self.encoder_layer!r}. The "
                 f"encoder has {layers - 1} layers; 0 is what goes into the first."
             )
+        most = 2 * getattr(self.audio_config, "max_source_positions", 0) if self._is_whisper else 0
+        if not 0 <= self.min_input_frames <= most:
+            raise ValueError(
+                f"`min_input_frames` must be 0 to {most}, got {self.min_input_frames}. Only Whisper hears silence, as "
+                "far as its positions last."
+            )
         if self.audio_token_id is not None and self.audio_token_id < 0:
             raise ValueError(f"`audio_token_id` must be a token's number, got {self.audio_token_id}.")
+
+    @property
+    def _is_whisper(self) -> bool:
+        return self.audio_config.model_type == "whisper"
 
     @property
     def num_encoder_states(self) -> int:

@@ -228,7 +228,11 @@ class AudioLMModel(AudioLMPreTrainedModel):
         layer = self.config.encoder_layer
         needs_all = output_hidden_states or layer != LAST
         output, num_frames = run_encoder(
-            self.audio_tower, input_features, input_features_mask, output_hidden_states=needs_all
+            self.audio_tower,
+            input_features,
+            input_features_mask,
+            min_inputs=self.config.min_input_frames,
+            output_hidden_states=needs_all,
         )
         if layer == MIX:
             states = torch.stack(output.hidden_states, dim=1)

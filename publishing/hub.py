@@ -23,7 +23,9 @@ from transformers.tokenization_utils_base import (
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME
 
 import modeling
+from modeling.adapter_loading import ADAPTER_WEIGHTS_NAME
 from modeling.adapters import find_adapter_code
+from modeling.audio_lm_bundle import MANIFEST_NAME
 from modeling.files import find_whole, list_whole
 from publishing.card import (
     CARD_NAME,
@@ -43,8 +45,9 @@ logger = logging.getLogger(__name__)
 NAMES = {CARD_NAME, RESULTS_NAME, REPORT_NAME, ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME}
 NAMES |= {PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CHAT_TEMPLATE_FILE}
 NAMES |= {SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, "vocab.json", "vocab.txt", "merges.txt", "normalizer.json"}
-NAMES |= {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+NAMES |= {MANIFEST_NAME, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
 WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+SIDE_ADAPTER = re.compile(r"(encoder|language_model)_adapter/adapter_(config\.json|model\.safetensors)")
 DRAWN = re.compile(r"results\.png|report_\w+\.png")
 PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.png)\)")  # of a card
 MAX_SILENT_SECONDS = 120.0  # that a Hub may take to answer, or a connection may carry nothing
@@ -61,6 +64,8 @@ class HubTarget:
         revision: Branch; None for the default one.
         base_model_id: Name on the Hub of an adapter's base.
         base_revision: Commit of the base.
+        bundle_bases: Names on the Hub of the bases of an audio language model's bundle, by side (`encoder`,
+            `language_model`), where they were folders here.
         token: The user's; None for the one of `hf auth login` or `HF_TOKEN`.
     """
 
@@ -69,6 +74,7 @@ class HubTarget:
     revision: str | None = None
     base_model_id: str | None = None
     base_revision: str | None = None
+    bundle_bases: Mapping[str, str] = field(default_factory=dict)
     token: str | None = field(default=None, repr=False)
 
 
@@ -213,14 +219,42 @@ def collect_files(
     if ADAPTER_CONFIG_NAME in files:
         config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
         config |= {"base_model_name_or_path": target.base_model_id, "revision": target.base_revision}
-        files[ADAPTER_CONFIG_NAME] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        files[ADAPTER_CONFIG_NAME] = _write_json(config)
         files |= adapter_code()
+    if MANIFEST_NAME in files:
+        files |= _collect_bundle(folder, target)
     files |= {path.name: path for path in _find_code(folder, list(files))}
     pictures = PICTURE.findall(_read(files.get(CARD_NAME, b"")).decode())
     files |= {name: find_whole(folder, name) for name in pictures if name in list_whole(folder)}
     if links := sorted(name for name, content in files.items() if isinstance(content, Path) and content.is_symlink()):
         raise ValueError(f"`folder` must hold files to push, got links: {', '.join(links)}. Put the files there.")
     return files
+
+
+def _collect_bundle(folder: Path, target: HubTarget) -> dict[str, Path | bytes]:
+    """The manifest of an audio language model's bundle and its sides' adapters, with their bases' names there."""
+    manifest = json.loads(find_whole(folder, MANIFEST_NAME).read_text(encoding="utf-8"))
+    files: dict[str, Path | bytes] = {}
+    for side, base in manifest["bases"].items():
+        if name := target.bundle_bases.get(side):
+            _check_repo_id(name, "bundle_bases")
+            base |= {"name_or_path": name, "revision": None}
+        if not base["is_whole"] and not is_hub_name(base["name_or_path"]):
+            raise ValueError(
+                f"`folder` must be a bundle on bases of the Hub, got {base['name_or_path']!r} as its {side}. Push "
+                "that first and give its name, or save the bundle whole (`save_full`)."
+            )
+        if side in manifest["adapters"]:
+            place = f"{side}_adapter"
+            config = json.loads(find_whole(folder / place, ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+            config |= {"base_model_name_or_path": base["name_or_path"], "revision": base["revision"]}
+            files[f"{place}/{ADAPTER_CONFIG_NAME}"] = _write_json(config)
+            files[f"{place}/{ADAPTER_WEIGHTS_NAME}"] = find_whole(folder / place, ADAPTER_WEIGHTS_NAME)
+    return files | {MANIFEST_NAME: _write_json(manifest)}
+
+
+def _write_json(content: dict[str, object]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def _find_code(folder: Path, names: Iterable[str]) -> Iterator[Path]:
@@ -256,7 +290,7 @@ def _list_replaced(there: Iterable[str], files: Mapping[str, object]) -> list[st
     return sorted(
         name
         for name in set(there) - files.keys() - {CARD_NAME}
-        if name in NAMES | code or WEIGHTS.fullmatch(name) or DRAWN.fullmatch(name)
+        if name in NAMES | code or any(kind.fullmatch(name) for kind in (WEIGHTS, DRAWN, SIDE_ADAPTER))
     )
 
 

@@ -106,6 +106,25 @@ def test_a_clip_of_full_length_is_heard_as_by_the_stock_encoder(model):
         torch.testing.assert_close(left, right)
 
 
+def test_whisper_may_hear_silence_up_to_its_30_s_as_the_stock_route_does(audio_lm_bases):
+    model = join(audio_lm_bases, projector={"min_input_frames": 200})
+    processor = make_processor(model)
+    clips = [make_clip(0.5), make_clip(1.3, 1)]
+    stock = processor.feature_extractor(clips, sampling_rate=16_000, return_tensors="pt").input_features
+    for row, length in enumerate((50, 130)):  # two frames have the clip's last samples in them
+        stock[row, :, length : length + 2] = stock[row, :, -1:]
+    batch = processor(text="<|audio|><|audio|>", audio=clips)
+    with torch.no_grad():
+        expected = model.model.audio_tower(stock).last_hidden_state
+        output, frames = model.model.encode_audio(batch["input_features"], batch["input_features_mask"])
+        plain = run_encoder(model.model.audio_tower, batch["input_features"], batch["input_features_mask"])[0]
+    assert frames.tolist() == [25, 65]
+    for row, count in enumerate(frames.tolist()):
+        torch.testing.assert_close(output.pooler_output[row, :count], expected[row, :count], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(plain.last_hidden_state[row, :count], expected[row, :count], atol=1e-2)
+    assert model(**batch).logits.shape[1] == batch["input_ids"].shape[1]
+
+
 def test_an_emformer_keeps_the_contract_of_encoders():
     config = EmformerConfig(num_mel_bins=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     emformer = EmformerModel(config).eval()
@@ -375,6 +394,7 @@ def test_auto_classes_know_the_model():
         ({"projector_type": "qformer", "projector_heads": 3}, "`projector_heads` must divide the projector's width"),
         ({"encoder_layer": 9}, "`encoder_layer` must be last, mix or an index below 5, got 9"),
         ({"encoder_layer": "first"}, "`encoder_layer` must be last, mix or an index below 5, got 'first'"),
+        ({"min_input_frames": 3001}, "`min_input_frames` must be 0 to 3000, got 3001"),
         ({"audio_token_id": -1}, "`audio_token_id` must be a token's number, got -1"),
     ],
 )
