@@ -140,6 +140,7 @@ def test_transcripts_longer_than_their_audio_are_counted_by_rows(clips, extracto
 
 def test_figures_do_not_depend_on_batches_and_padding(clips, extractor):
     model, whole = make_model(), make_batch(clips, extractor)
+    model.asr_ctc_decoder.bias.data[0] += 20  # every frame is a blank, those of padding too
     meter = HealthMeter()
     for row in range(len(clips)):
         num_frames = int(whole["attention_mask"][row].sum())
@@ -147,7 +148,9 @@ def test_figures_do_not_depend_on_batches_and_padding(clips, extractor):
         for name in ("input_features", "attention_mask"):
             alone[name] = alone[name][:, :num_frames]
         meter.update(model, model(**alone), alone)
-    assert meter.compute() == pytest.approx(measure(model, whole), abs=1e-5)
+    figures = meter.compute()
+    assert figures["asr_blank_share"] == 1
+    assert figures == pytest.approx(measure(model, whole), abs=1e-5)
 
 
 def test_mean_pairwise_cosine_is_that_of_all_pairs():
