@@ -6,12 +6,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from .subwords import SPACE, SPECIAL_TOKENS
 from .text import TRANSCRIPTS, describe_transcripts
 
 MODEL_SUFFIX = ".model"
-# fairseq numbers these first, whatever the model calls and numbers its own; the first is the blank of CTC, too.
-FAIRSEQ_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
-SPACE = "▁"
 NUM_COMPARED = 500  # pieces that the model and its copy must cut alike
 
 
@@ -38,12 +36,12 @@ def read_sentencepiece(path: str | Path, *, language: str | None = None) -> PreT
     }
     numbers = [number for number in range(len(processor)) if number not in special]
     pieces = [(processor.id_to_piece(number), processor.get_score(number)) for number in numbers]
-    vocabulary = [(token, 0.0) for token in FAIRSEQ_TOKENS] + pieces
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=FAIRSEQ_TOKENS.index("<unk>")))
+    vocabulary = [(token, 0.0) for token in SPECIAL_TOKENS] + pieces
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL_TOKENS.index("<unk>")))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
     _compare(processor, tokenizer, path)
-    bos, pad, eos, unknown = FAIRSEQ_TOKENS
+    bos, pad, eos, unknown = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=bos,

@@ -6,6 +6,8 @@ from transformers import AutoTokenizer
 
 from data.parallel_sentences import choose_sentences, write_transcript
 from data.sentencepiece_models import read_sentencepiece
+from data.text import find_language
+from training.start import StartArguments, choose_tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,16 @@ def test_the_tokenizer_is_a_stock_one_that_keeps_its_language(model, tmp_path, t
     read_sentencepiece(model, language="es").save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(texts[0]).input_ids == read_sentencepiece(model)(texts[0]).input_ids
-    assert loaded.init_kwargs["transcripts"]["language"] == "es"
+    assert find_language(loaded) == "es"
+
+
+def test_a_training_takes_a_model_for_its_vocabulary(model, texts):
+    arguments = StartArguments(start="scratch", source_tokenizer=model, vocab_size=60)
+    sides = {"source": texts[:20], "target": ["press one"]}
+    source, _, excluded = choose_tokenizers(arguments, None, sides, ["es", "en"])
+    assert source.get_vocab() == read_sentencepiece(model).get_vocab()
+    assert find_language(source) == "es"
+    assert excluded == {}
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, texts):

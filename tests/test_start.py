@@ -19,7 +19,7 @@ from training.start import (
     choose_tokenizers,
     find_num_units,
     load_weights,
-    make_config,
+    make_translation_config,
     parse_fields,
     plan_loading,
     recommend_start,
@@ -297,11 +297,11 @@ def test_a_partial_start_has_the_checkpoint_s_decoders_and_an_encoder_of_its_own
     fields = ["encoder.num_hidden_layers=3", "segment_length=16"]
     arguments = StartArguments(start="partial", checkpoint=str(tmp_path), model_fields=fields)
     sizes = {"source_vocab_size": 50, "vocab_size": 40, "num_units": 9}
-    config = make_config(arguments, read_checkpoint(tmp_path), **sizes)
+    config = make_translation_config(arguments, read_checkpoint(tmp_path), **sizes)
     assert (config.decoder_hidden_size, config.unit_upsampling, config.unit_vocab_size) == (24, 30, 25)
     assert (config.num_hidden_layers, config.segment_length, config.hidden_size) == (3, 16, 128)
     assert config.source_vocab_size == 50
-    scratch = make_config(StartArguments(), None, **sizes)
+    scratch = make_translation_config(StartArguments(), None, **sizes)
     assert (scratch.num_units, scratch.unit_vocab_size) == (9, 14)
 
 

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from converters.streamspeech import DECODER_PREFIXES, KINDS, TranslationCheckpoint
+from data.sentencepiece_models import MODEL_SUFFIX, read_sentencepiece
 from data.subwords import SPECIAL_TOKENS, count_unwritable, train_subwords
 from modeling import (
     EchoStreamConfig,
@@ -69,7 +70,10 @@ class StartArguments:
         metadata={"help": "Speech units of a new model. Default: up to the greatest of the training split."},
     )
     source_tokenizer: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the speech's language: folder or Hub name. Default: see start."}
+        default=None,
+        metadata={
+            "help": "Tokenizer of the speech: a folder, a Hub name or a .model of sentencepiece. Default: see start."
+        },
     )
     target_tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer of the translations, likewise; a file of weights alone needs both."}
@@ -357,7 +361,7 @@ def choose_tokenizers(
     for side in ("source", "target"):
         own = _load_own(checkpoint, side)
         if named[side]:
-            chosen[side] = AutoTokenizer.from_pretrained(named[side])
+            chosen[side] = load_tokenizer(named[side], language=codes[side])
         elif own is not None and count_unwritable(own, texts[side]) <= MAX_UNWRITABLE * len(texts[side]):
             chosen[side] = own
         else:
@@ -368,6 +372,18 @@ def choose_tokenizers(
         if checkpoint is not None and not is_same and not is_trusted:
             excluded |= dict.fromkeys(prefixes[side], f"of another {side} vocabulary")
     return chosen["source"], chosen["target"], excluded
+
+
+def load_tokenizer(name: str, *, language: str | None) -> PreTrainedTokenizerBase:
+    """
+    Returns a tokenizer by its folder or Hub name, or of a `.model` file of sentencepiece.
+
+    Raises:
+        ValueError: As [`read_sentencepiece`].
+    """
+    if name.endswith(MODEL_SUFFIX):
+        return read_sentencepiece(name, language=language)
+    return AutoTokenizer.from_pretrained(name)
 
 
 def _load_own(checkpoint: TranslationCheckpoint | None, side: str) -> PreTrainedTokenizerBase | None:
