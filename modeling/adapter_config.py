@@ -36,6 +36,7 @@ DEFAULT_TARGETS = {
         "bottleneck": r".*encoder\.layers\.\d+\.ffn2\.output_dense",
     },
     "parakeet_ctc": {"bottleneck": r".*encoder\.layers\.\d+\.feed_forward2\.linear2"},
+    "echostream": {"bottleneck": r"(encoder|mt_decoder|unit_decoder)\.layers\.\d+"},
     "whisper": dict.fromkeys(("mlp", "bottleneck", "transformer"), ["encoder.layer_norm"]),
     "qwen2_audio": dict.fromkeys(("mlp", "bottleneck", "transformer"), ["multi_modal_projector"]),
 }

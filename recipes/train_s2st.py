@@ -35,10 +35,12 @@ from training.translation import (
     start_model,
 )
 
+ARGUMENTS = TRANSLATION_ARGUMENTS
+
 
 def main() -> None:
     """Runs the recipe."""
-    arguments = parse_arguments(*TRANSLATION_ARGUMENTS)
+    arguments = parse_arguments(*ARGUMENTS)
     with claim_output_dir(arguments[-1]):
         train(*arguments)
 

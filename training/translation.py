@@ -49,8 +49,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "translation"
 ADAPTER_KINDS = ("none", "bottleneck", "lora")
-# Layers that a bottleneck follows, and maps that LoRA changes: of the encoder and of both decoders.
-BOTTLENECK_TARGETS = r"(encoder|mt_decoder|unit_decoder)\.layers\.\d+"
+# Maps that LoRA changes, of the encoder and of both decoders; a bottleneck follows each of their layers by default.
 LORA_TARGETS = (
     r"encoder\.layers\.\d+\.attention\.(emb_to_query|emb_to_key_value|out_proj)"
     r"|(mt_decoder|unit_decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q_proj|v_proj)"
@@ -317,9 +316,7 @@ def make_adapter_config(arguments: TranslationArguments) -> PeftConfig:
     if arguments.adapter_kind == "lora":
         rank = arguments.adapter_size
         return LoraConfig(target_modules=LORA_TARGETS, r=rank, lora_alpha=2 * rank, lora_dropout=0.0)
-    return SpeechAdapterConfig(
-        kind="bottleneck", hidden_sizes=[arguments.adapter_size], target_modules=BOTTLENECK_TARGETS
-    )
+    return SpeechAdapterConfig(kind="bottleneck", hidden_sizes=[arguments.adapter_size])
 
 
 def add_translation_adapter(
