@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2CTCTokenizer, set_seed
 
 from data.augmentation import Augmentation, RecipeAugmentation
 from data.collators import CTCCollator
@@ -23,6 +23,8 @@ from data.spelling import MAX_CLIP_SECONDS
 from data.streaming import EndlessUtterances, stream_utterances
 from data.text import TEXT_UNITS, TRANSCRIPTS, build_vocabulary, describe_transcripts, normalize_text, set_language
 from data.utterances import UtteranceDataset, decode_clips
+from inference.decoding import find_samples_per_logit
+from inference.recognizers import CTCRecognizer, find_recognizer_type, load_processor
 from inference.scoring import evaluate_dataset
 from modeling import (
     DeepSpeech2Config,
@@ -37,7 +39,7 @@ from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results, write_results
 from training.arguments import parse_arguments
 from training.corpus_arguments import CorpusArguments, load_split
-from training.objectives.recognition import CTCObjective
+from training.objectives.recognition import CTCObjective, average_loss
 from training.output_folder import check_output_dir, claim_output_dir
 from training.trainer import AdapterTrainer, RecipeTrainingArguments
 
@@ -120,9 +122,14 @@ def build_model(
         languages: Codes of what they are in; the first one is saved with the processor.
     """
     if arguments.model_name_or_path:
-        processor = AutoProcessor.from_pretrained(arguments.model_name_or_path, trust_remote_code=False)
+        if find_recognizer_type(arguments.model_name_or_path) is not CTCRecognizer:
+            raise ValueError(
+                f"`model_name_or_path` must be a CTC model, got a Whisper in {arguments.model_name_or_path}. Adapt it "
+                "with `recipes/personalize.py`."
+            )
+        processor = load_processor(arguments.model_name_or_path)
         set_language(processor.tokenizer, languages)
-        return load_whole(AutoModelForCTC, arguments.model_name_or_path), processor
+        return average_loss(load_whole(AutoModelForCTC, arguments.model_name_or_path)), processor
     transcripts = describe_transcripts(languages[0] if languages else None)
     normalize = partial(normalize_text, language=transcripts["language"])
     vocabulary = build_vocabulary(map(normalize, texts), text_unit=arguments.text_unit)
@@ -259,7 +266,9 @@ def train_recognizer(
     model, processor = build_model(model_args, texts, card_args.language)
 
     # Data
-    encode = partial(build_dataset, corpus_args, processor, model.config.inputs_to_logits_ratio, training_args.seed)
+    encode = partial(
+        build_dataset, corpus_args, processor, find_samples_per_logit(model, processor), training_args.seed
+    )
     train_dataset, eval_dataset = encode(train_corpus, augmentation), encode(eval_corpus, None)
 
     # Trainer
@@ -286,7 +295,7 @@ def train_recognizer(
         "eval_cer": scores["overall"]["cer"],
         "rate": scores["overall"]["rate"],
         "train_runtime": train_output.metrics["train_runtime"],
-        "total_parameters": model.count_parameters()["total"],
+        "total_parameters": model.num_parameters(),
     }
     results |= {"caution": caution} if caution else {}
     if not corpus_args.streaming:

@@ -14,6 +14,7 @@ from inference.decoding import extract_inputs
 from inference.recognizers import open_recognizer
 from modeling.adapters import adapters_off
 from recipes.personalize import main
+from recipes.train_ctc import main as train_ctc_main
 from tests.ctc_models import MAKERS, save_ctc_base
 from tests.speech_models import save_base
 from training.personal import PersonalArguments, make_personal_config
@@ -143,4 +144,25 @@ def test_english_only_whisper_refuses_a_language_that_it_has_no_token_of(bases, 
         run_recipe_main(
             main, "--model_name_or_path", bases["whisper"], "--dataset", corpus, "--speaker_id", "ann",
             "--language", "ko", "--output_dir", tmp_path / "out",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["hubert", "parakeet"])
+def test_a_ctc_model_of_transformers_is_fine_tuned_whole(family, bases, corpus, run_recipe_main, tmp_path):
+    run_recipe_main(
+        train_ctc_main, "--model_name_or_path", bases[family], "--dataset", corpus, "--language", "en",
+        "--max_steps", 2, "--learning_rate", "1e-2", "--output_dir", tmp_path / "tuned",
+    )  # fmt: skip
+    results = json.loads((tmp_path / "tuned" / "eval_results.json").read_text())
+    clip = f"{corpus}/ann_3.wav"
+    tuned = open_recognizer(str(tmp_path / "tuned"))
+    assert not torch.equal(compute(tuned, clip), compute(open_recognizer(bases[family]), clip))
+    assert results["total_parameters"] == tuned.model.num_parameters()
+
+
+def test_fine_tuning_a_whisper_with_ctc_is_refused(bases, corpus, run_recipe_main, tmp_path):
+    with pytest.raises(ValueError, match="must be a CTC model, got a Whisper in .* with `recipes/personalize.py`"):
+        run_recipe_main(
+            train_ctc_main, "--model_name_or_path", bases["whisper"], "--dataset", corpus, "--output_dir",
+            tmp_path / "tuned",
         )  # fmt: skip

@@ -10,7 +10,6 @@ import logging
 from functools import partial
 
 from datasets import Dataset
-from transformers import PreTrainedModel
 
 from data.augmentation import Augmentation
 from data.collators import CTCCollator
@@ -24,7 +23,7 @@ from training.corpus_arguments import CorpusArguments
 from training.domain_training import DomainTrainer, cache_tower
 from training.frozen_part import CacheArguments, cache_frozen_part
 from training.objectives.domain import DomainObjective
-from training.objectives.recognition import CTCObjective
+from training.objectives.recognition import CTCObjective, average_loss
 from training.personal import PersonalArguments, SpeakerLoader
 from training.trainer import AdapterTrainer
 
@@ -57,8 +56,7 @@ class PersonalCTC:
 
     def make_objective(self) -> CTCObjective:
         """Returns what is minimised: the loss, a mean over utterances whatever the checkpoint says."""
-        average_loss(self.recognizer.model)
-        return CTCObjective(self.recognizer.model)
+        return CTCObjective(average_loss(self.recognizer.model))
 
     def cache(self, dataset: UtteranceDataset, objective: CTCObjective) -> Dataset:
         """As [`cache_frozen_part`]."""
@@ -111,12 +109,6 @@ def make_personal_model(recognizer: Recognizer, cache_args: CacheArguments, *, b
     """Returns what trains an adapter of a recogniser; arguments as of [`PersonalCTC`]."""
     kind = PersonalWhisper if isinstance(recognizer, WhisperRecognizer) else PersonalCTC
     return kind(recognizer, cache_args, batch_size=batch_size)
-
-
-def average_loss(model: PreTrainedModel) -> None:
-    """Has a CTC model return its loss as a mean over utterances: many checkpoints ask for the sum."""
-    if hasattr(model.config, "ctc_loss_reduction"):
-        model.config.ctc_loss_reduction = "mean"
 
 
 class WhisperSpeakerLoader(SpeakerLoader):

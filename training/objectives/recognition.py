@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from data.collators import pack_states
 from modeling.adapters import SpeechAdapterLayer
@@ -95,3 +96,10 @@ def _acts_by_frame(model: nn.Module) -> bool:
     layers = [module for module in model.modules() if isinstance(module, SpeechAdapterLayer)]
     blocks = [block for layer in layers for block in layer.speech_adapter_blocks.values()]
     return all(block.kind in STATES_OF_KIND and getattr(block, "position", None) != "before" for block in blocks)
+
+
+def average_loss(model: PreTrainedModel) -> PreTrainedModel:
+    """Has a CTC model of transformers return its loss as a mean over utterances: many checkpoints ask for the sum."""
+    if not hasattr(model, "stages") and hasattr(model.config, "ctc_loss_reduction"):
+        model.config.ctc_loss_reduction = "mean"
+    return model
