@@ -302,7 +302,9 @@ class AdapterTrainer(Trainer):
     """
 
     def __init__(self, model: nn.Module, *args, score: Callable[[], Mapping[str, float]] | None = None, **kwargs):
-        super().__init__(model if isinstance(model, Objective) else Objective(model), *args, **kwargs)
+        # What accelerate and torch put around it stays out of here.
+        self.objective = model if isinstance(model, Objective) else Objective(model)
+        super().__init__(self.objective, *args, **kwargs)
         if self.args.dataloader_persistent_workers and hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset = SharedEpochDataset(self.train_dataset)
         self.score = score
@@ -453,11 +455,6 @@ class AdapterTrainer(Trainer):
             rates = self.score()
             output.metrics.update({f"{metric_key_prefix}_{name}": rates[name] for name in ("wer", "cer")})
         return output
-
-    @property
-    def objective(self) -> Objective:
-        """What is minimised, without what accelerate and torch have put around it."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _unwrapped(self) -> nn.Module:
         return self.objective.adapted_model
