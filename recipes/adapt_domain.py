@@ -44,6 +44,7 @@ from training.domain_results import (
     save_domain_outcome,
 )
 from training.domain_training import DomainTrainer, DomainTrainingArguments
+from training.endings import run_main
 from training.output_folder import check_output_dir, claim_output_dir
 from training.planning import quantize_shapes
 from training.trainer import check_trainable
@@ -148,4 +149,4 @@ def adapt(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 from data.prompts import WhisperPrompt
 from inference.answering import answer, load_chat, read_clips
 from training.arguments import parse_arguments
+from training.endings import run_main
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".au")
 
@@ -93,4 +94,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

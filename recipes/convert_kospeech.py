@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from converters.kospeech import convert_adapter, convert_recognizer, export_adapter
 from training.arguments import parse_arguments
+from training.endings import run_main
 
 # What can be converted, and the arguments that each needs.
 PARTNERS = {
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

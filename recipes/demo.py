@@ -11,6 +11,7 @@ from pathlib import Path
 from data.synthesis import UNUSUAL_VOICES
 from modeling.files import write_whole
 from publishing.report import RESULTS_NAME, draw_speakers, format_table
+from training.endings import run_main
 from training.launch import run_recipe
 
 MAX_TRAIN_SECONDS = 40
@@ -69,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -24,6 +24,7 @@ from modeling.files import write_text
 from publishing.report import format_table
 from training.arguments import parse_arguments
 from training.corpus_arguments import load_split
+from training.endings import run_main
 from training.health import HealthMeter, find_alarms
 from training.translation import make_label_space
 
@@ -166,4 +167,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

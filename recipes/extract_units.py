@@ -27,6 +27,7 @@ from data.synthesis import new_corpus_folder
 from data.translation_rows import FRAMES_PER_SECOND
 from inference.speech_units import LOG_MEL, UnitExtractor, reduce_units
 from training.arguments import parse_arguments
+from training.endings import run_main
 
 logger = logging.getLogger(__name__)
 
@@ -180,4 +181,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

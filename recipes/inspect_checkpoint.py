@@ -14,6 +14,7 @@ from converters.streamspeech import DECODER_PREFIXES, KINDS, TranslationCheckpoi
 from modeling import EchoStreamConfig, EchoStreamForSpeechToSpeechTranslation
 from publishing.report import format_table
 from training.arguments import parse_arguments
+from training.endings import run_main
 from training.start import StartArguments, StartReport, make_translation_config, plan_loading, recommend_start
 from training.translation import TRANSLATION_ARGUMENTS
 
@@ -98,4 +99,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

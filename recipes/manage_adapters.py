@@ -17,6 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.endings import run_main
+
 if TYPE_CHECKING:
     from modeling.adapter_loading import SavedAdapter
 
@@ -261,4 +263,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,6 +25,7 @@ from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results
 from training.arguments import parse_arguments
 from training.corpus_arguments import CorpusArguments, load_split
+from training.endings import run_main
 from training.frozen_part import CacheArguments
 from training.output_folder import check_output_dir, claim_output_dir
 from training.personal import (
@@ -152,4 +153,4 @@ def personalize(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

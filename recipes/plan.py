@@ -26,6 +26,7 @@ from data.state_cache import DTYPES
 from modeling.files import write_text
 from publishing.report import format_table
 from training.arguments import parse_arguments
+from training.endings import run_main
 from training.objectives.recognition import CTCObjective
 from training.planning import (
     DEFAULT_CHARACTERS,
@@ -357,4 +358,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

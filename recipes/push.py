@@ -12,6 +12,7 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
 from publishing.card import CardArguments, is_hub_name, read_subject
 from publishing.hub import HubTarget, check_target, push_folder
+from training.endings import run_main
 
 
 def parse_push_command(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,4 +60,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

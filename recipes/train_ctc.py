@@ -39,6 +39,7 @@ from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results, write_results
 from training.arguments import parse_arguments
 from training.corpus_arguments import CorpusArguments, load_split
+from training.endings import run_main
 from training.objectives.recognition import CTCObjective, average_loss
 from training.output_folder import check_output_dir, claim_output_dir
 from training.trainer import AdapterTrainer, RecipeTrainingArguments
@@ -312,4 +313,4 @@ def train_recognizer(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -17,6 +17,7 @@ from publishing.card import CardArguments
 from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results
 from training.arguments import parse_arguments
+from training.endings import run_main
 from training.health import HealthArguments, HealthCallback
 from training.output_folder import check_output_dir, claim_output_dir
 from training.s2st_training import S2STTrainer, S2STTrainingArguments
@@ -113,4 +114,4 @@ def train(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,7 @@ from inference.recognizers import open_recognizer
 from inference.transcript_output import CAPTION_STYLES, TEXT, list_recordings, write_transcripts
 from modeling.adapters import BASE, check_adapter_name
 from training.arguments import parse_arguments
+from training.endings import run_main
 
 BASE_SPEAKERS = ("base", BASE)  # speakers without an adapter
 ONLY_ADAPTER = "adapter"  # name of the one that is given without a name
@@ -298,4 +299,4 @@ def open_store(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -1,12 +1,14 @@
 """A YAML file and flags mean the same, flags win, and what is misspelt is refused with what was meant."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
 from training.arguments import parse_arguments
 from training.corpus_arguments import CorpusArguments
+from training.personal import PersonalTrainingArguments
 from training.trainer import RecipeTrainingArguments
 
 
@@ -214,3 +216,52 @@ def test_help_prints_what_each_flag_means(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     assert "A whole number." in capsys.readouterr().out
+
+
+@pytest.fixture
+def show_help(capsys):
+    """Returns what a recipe of one person's settings prints for a flag that asks for help."""
+
+    def show(flag: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            parse_arguments(CorpusArguments, PersonalTrainingArguments, argv=[flag])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    return show
+
+
+def list_flags(text: str) -> list[str]:
+    return re.findall(r"^  (?:-h, )?(--\w+)", text, flags=re.MULTILINE)
+
+
+def test_help_shows_the_recipe_s_flags_and_what_most_runs_need_of_the_trainer_s(show_help):
+    flags = list_flags(show_help("--help"))
+    assert flags[1:4] == ["--dataset", "--dataset_config", "--text_column"]
+    # Declared by a class of ours, essential, and neither.
+    assert {"--early_stopping_patience", "--tri_stage", "--output_dir", "--seed", "--config", "--help_all"} < {*flags}
+    assert not {"--adafactor", "--torch_compile", "--fsdp", "--deepspeed", "--optim"} & {*flags}
+    assert len(flags) < 60
+
+
+def test_help_all_shows_every_flag_once_and_the_trainer_s_last(show_help):
+    flags, shown = list_flags(show_help("--help_all")), list_flags(show_help("--help"))
+    known = {f"--{field.name}" for part in (CorpusArguments, PersonalTrainingArguments) for field in fields(part)}
+    assert flags[: len(shown)] == shown
+    assert known <= {*flags}
+    assert len(flags) == len({*flags}) > len(shown)
+
+
+def test_help_of_a_recipe_without_training_has_nothing_behind_it(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "--help_all" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`--help_all` is not a flag of this recipe"):
+        parse("--help_all")
+
+
+def test_a_flag_that_is_not_shown_still_counts(tmp_path):
+    (arguments,) = parse_arguments(
+        PersonalTrainingArguments, argv=["--output_dir", str(tmp_path), "--use_cpu", "--weight_decay", "0.5"]
+    )
+    assert arguments.weight_decay == 0.5

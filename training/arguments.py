@@ -1,11 +1,14 @@
 """Arguments of the recipes: dataclasses, on the command line and in a YAML file alike."""
 
+import argparse
+import copy
 import difflib
 import json
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -16,6 +19,96 @@ from training.processes import choose_device, describe_processes, join_processes
 logger = logging.getLogger(__name__)
 
 NULL_TAG = "tag:yaml.org,2002:null"
+# Of the Trainer's flags, those that a recipe's `--help` shows: what most runs need.
+TRAINER_ESSENTIALS = {
+    "output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "use_cpu",
+    "seed",
+    "eval_strategy",
+    "save_strategy",
+    "load_best_model_at_end",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+}
+
+
+class RecipeParser(HfArgumentParser):
+    """
+    Shows a recipe's own flags with `--help`, and with `--help_all` the Trainer's after them.
+
+    Args:
+        argument_types: Dataclasses, as for `HfArgumentParser`.
+    """
+
+    def __init__(self, argument_types: Sequence[type]):
+        super().__init__(argument_types, allow_abbrev=False, formatter_class=_FlagFormatter)
+        self.add_argument("--config", default=None, help="YAML file of flags; a flag given beside it overrules it.")
+        self._shows_all = False
+        self._trainer_flags = self._separate_trainer_flags(argument_types)
+        required = [f"{action.option_strings[0]} {action.dest.upper()}" for action in self._actions if action.required]
+        self.usage = " ".join(["%(prog)s [--config FILE.yaml]", *required, "[--flag VALUE ...]"])
+
+    def _separate_trainer_flags(self, argument_types: Sequence[type]) -> argparse._ArgumentGroup | None:
+        """Moves what `TrainingArguments` alone declares into a group of its own; none without such arguments."""
+        names = {name for argument_type in argument_types for name in list_trainer_flags(argument_type)}
+        if not names:
+            return None
+        self.add_argument(
+            "--help_all", action=_ShowAll, nargs=0, dest=argparse.SUPPRESS, help="Show the flags of the Trainer too."
+        )
+        group = self.add_argument_group("flags of the Trainer, of transformers")
+        group._group_actions = [action for action in self._actions if action.dest in names]
+        self._optionals._group_actions = [action for action in self._actions if action.dest not in names]
+        return group
+
+    def format_help(self) -> str:
+        """Returns the help, with the Trainer's flags if they are asked for."""
+        groups = self._action_groups
+        if not self._shows_all:
+            self._action_groups = [group for group in groups if group is not self._trainer_flags]
+        try:
+            return super().format_help()
+        finally:
+            self._action_groups = groups
+
+
+class _FlagFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag by one of its spellings, and its default where it has one."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+class _ShowAll(argparse.Action):
+    """Prints the help with all flags, and ends."""
+
+    def __call__(self, parser: RecipeParser, *_args, **_kwargs):
+        parser._shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+def list_trainer_flags(argument_type: type) -> set[str]:
+    """Returns the flags that a dataclass has from `TrainingArguments` as they are, less those that most runs need."""
+    if not issubclass(argument_type, TrainingArguments):
+        return set()
+    ours = [kind for kind in argument_type.__mro__ if issubclass(kind, TrainingArguments)]
+    declared = {
+        name for kind in ours if kind is not TrainingArguments for name in vars(kind).get("__annotations__", ())
+    }
+    return {field.name for field in fields(argument_type)} - declared - TRAINER_ESSENTIALS
 
 
 def parse_arguments(*argument_types: type, argv: Sequence[str] | None = None) -> tuple:
@@ -34,8 +127,7 @@ def parse_arguments(*argument_types: type, argv: Sequence[str] | None = None) ->
             the launcher was asked for.
     """
     choose_device()
-    parser = HfArgumentParser(argument_types, allow_abbrev=False)
-    parser.add_argument("--config", default=None, help="YAML file of flags; a flag given beside it overrules it.")
+    parser = RecipeParser(argument_types)
     flags = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
     tokens = mark_files(sys.argv[1:] if argv is None else argv, known=flags)
     config = _find_config(tokens)

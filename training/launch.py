@@ -18,9 +18,9 @@ def run_recipe(name: str, *, config: str | None = None, launcher: str = "cpu", *
         flags: The recipe's flags; a list gives several values.
 
     Raises:
-        subprocess.CalledProcessError: The recipe failed.
+        SystemExit: The recipe failed and has said why.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     # What accelerate would choose by itself, but with three lines of advice at every start (1.15).
     threads = os.environ.get("OMP_NUM_THREADS") or psutil.cpu_count(logical=False) or 1
     command += ["--num_cpu_threads_per_process", str(threads)]
@@ -29,4 +29,5 @@ def run_recipe(name: str, *, config: str | None = None, launcher: str = "cpu", *
         command += ["--config", f"recipes/configs/{config}.yaml"]
     for flag, value in flags.items():
         command += [f"--{flag}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command, check=False).returncode:
+        raise SystemExit(code)
