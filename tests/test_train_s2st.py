@@ -121,6 +121,20 @@ def test_a_transfer_trains_the_encoder_first(trained, corpus, tmp_path):
     assert read(tmp_path, "start_report.json")["fresh"] == []
 
 
+def test_a_transfer_that_was_stopped_while_the_encoder_trained_alone_goes_on_so(trained, corpus, tmp_path):
+    flags = ("--max_steps", 3, "--encoder_steps", 2, "--save_strategy", "steps", "--save_steps", 1,
+             "--save_total_limit", 5, "--warmup_steps", 0)  # fmt: skip
+    _run(corpus, tmp_path / "whole", "--start", "transfer", "--checkpoint", trained, *flags)
+    stopped = tmp_path / "whole" / "checkpoint-1"
+    _run(corpus, tmp_path / "resumed", "--start", "resume", "--checkpoint", stopped, *flags)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    middle = load_file(tmp_path / "resumed" / "checkpoint-2" / "model.safetensors")
+    before = load_file(trained / "model.safetensors")
+    assert torch.equal(middle["st_ctc_decoder.weight"], before["st_ctc_decoder.weight"])
+    assert not torch.equal(first["st_ctc_decoder.weight"], before["st_ctc_decoder.weight"])
+
+
 def test_evaluate_measures_and_leaves_no_step(trained, corpus, trained_steps, tmp_path):
     _run(corpus, tmp_path, "--start", "evaluate", "--checkpoint", trained)
     assert trained_steps == []
@@ -219,7 +233,11 @@ def test_a_corpus_without_units_leaves_their_loss_out(corpus, tmp_path, caplog):
     manifest.write_text(table)
     _run(manifest, tmp_path, *TINY, "--max_steps", 1)
     assert "The corpus has no column `units`: the units' loss is left out" in caplog.text
-    assert "eval_unit_loss" not in read(tmp_path, "eval_results.json")
+    results = read(tmp_path, "eval_results.json")
+    assert "eval_unit_loss" not in results
+    parts = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path).count_parts()
+    idle = parts["t2u_encoder"] + parts["unit_decoder"]
+    assert results["trainable_parameters"] == results["total_parameters"] - idle
 
 
 @pytest.mark.parametrize(

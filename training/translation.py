@@ -59,6 +59,7 @@ MAX_TRAINABLE_SHARE = 0.3
 NUM_MEASURED_CLIPS = 2000  # over which the features' statistics are taken
 USAGE = """\
 ```python
+import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 model = AutoModelForSpeechSeq2Seq.from_pretrained("{repository}", trust_remote_code=True).eval()
@@ -339,6 +340,8 @@ def make_translation_objective(
     if "unit_labels" not in dataset.labels and model.config.unit_weight:
         logger.warning("The corpus has no column `units`: the units' loss is left out. See `extract_units.py`.")
         model.config.unit_weight = 0.0
+        for part in (model.t2u_encoder, model.unit_decoder):
+            part.requires_grad_(False)  # several processes wait for the gradient of whatever may train
     lengths = arguments.segment_lengths
     return S2STObjective(model, segment_lengths=lengths, seed=seed, names=dataset.names)
 
