@@ -9,7 +9,9 @@ and so do letters with and without their accents: the references are written bot
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from data.audio import SAMPLING_RATE, read_audio
 from data.corpora import load_corpus
 from data.metrics import score_by_speaker
 from data.score_text import find_score_normalizer
+from data.spoken_numbers import spell_english, spell_spanish
 from data.translation_metrics import score_bleu
 from publishing.report import format_table
 from recipes.evaluate_s2st import main as evaluate_s2st
@@ -32,7 +35,27 @@ LANGUAGE = "spanish"  # of the speech, as Whisper calls it
 NUM_EPOCHS = 40  # over a few minutes of speech
 
 
-def train_adapter(options: argparse.Namespace, folder: Path) -> None:
+def write_spelled(dataset: str, path: Path) -> str:
+    """Writes a corpus as a manifest whose figures are words, as the model's vocabulary has them, and names it."""
+    corpus = load_corpus(dataset, required_columns=("text", "target_text"))
+    columns = {"text": spell_spanish, "target_text": spell_english}
+    lines = ["\t".join(("audio", *columns, "split"))]
+    for row in corpus:
+        texts = [spell_figures(row[column], spell) for column, spell in columns.items()]
+        lines.append("\t".join((row["audio"]["path"], *texts, row["split"])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def spell_figures(text: str, spell: Callable[[int], str]) -> str:
+    """Returns a text on one line with its figures as words, long ones digit by digit."""
+    parts = re.split(r"(\d+)", " ".join(text.split()))
+    spelled = [" ".join(map(spell, map(int, part if len(part) > 3 else [part]))) for part in parts[1::2]]
+    return "".join(word for pair in zip_longest(parts[::2], spelled, fillvalue="") for word in pair)
+
+
+def train_adapter(options: argparse.Namespace, dataset: str, folder: Path) -> None:
     """Trains the adapter, unless an earlier run has."""
     if (folder / "adapter_config.json").exists():
         return
@@ -43,7 +66,8 @@ def train_adapter(options: argparse.Namespace, folder: Path) -> None:
         checkpoint=options.model,
         adapter_kind=options.adapter_kind,
         adapter_size=options.adapter_size,
-        dataset=options.dataset,
+        dataset=dataset,
+        language=["es", "en"],
         num_train_epochs=options.num_epochs,
         per_device_train_batch_size=8,
         learning_rate=options.learning_rate,
@@ -57,11 +81,13 @@ def train_adapter(options: argparse.Namespace, folder: Path) -> None:
     )
 
 
-def translate_with_echostream(options: argparse.Namespace, folder: Path) -> dict[str, list[tuple[str, str]]]:
+def translate_with_echostream(
+    options: argparse.Namespace, dataset: str, folder: Path
+) -> dict[str, list[tuple[str, str]]]:
     """Returns transcript and translation of each clip, of the model as it is and with its adapter."""
     output = folder / "scores.json"
     evaluate_s2st(
-        ["--model_name_or_path", options.model, "--adapter", str(folder), "--dataset", options.dataset,
+        ["--model_name_or_path", options.model, "--adapter", str(folder), "--dataset", dataset,
          "--split", "test", "--num_beams", str(options.num_beams), "--output_file", str(output)]
     )  # fmt: skip
     utterances = json.loads(output.read_text(encoding="utf-8"))["utterances"]
@@ -112,9 +138,10 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/speech_translation"))
     options = parser.parse_args()
     folder = options.output_dir / f"{options.adapter_kind}_{options.adapter_size}"
-    corpus = load_corpus(options.dataset, split="test", required_columns=("text", "target_text"))
-    train_adapter(options, folder)
-    systems = translate_with_echostream(options, folder)
+    dataset = write_spelled(options.dataset, options.output_dir / "spelled.tsv")
+    corpus = load_corpus(dataset, split="test", required_columns=("text", "target_text"))
+    train_adapter(options, dataset, folder)
+    systems = translate_with_echostream(options, dataset, folder)
     systems[Path(options.whisper).name] = translate_with_whisper(options.whisper, corpus)
     normalize = find_score_normalizer(AutoProcessor.from_pretrained(options.whisper).tokenizer, "en")
     rows = [

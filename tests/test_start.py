@@ -223,6 +223,21 @@ def test_a_report_is_stored_with_all_names(tmp_path):
 # Vocabularies and configurations
 
 
+def test_an_adapter_s_base_keeps_its_vocabulary_or_is_refused(tmp_path):
+    processor = write_folder(tmp_path, make_translation_model())
+    checkpoint, arguments = read_checkpoint(tmp_path), StartArguments(start="transfer", checkpoint="x", vocab_size=60)
+    good = {"source": TEXTS, "target": TEXTS}
+    source, _, excluded = choose_tokenizers(arguments, checkpoint, good, None, keeps_own=True)
+    assert (source.get_vocab(), excluded) == (processor.tokenizer.get_vocab(), {})
+    bad = {"source": TEXTS, "target": ["press 1", "press two"]}
+    with pytest.raises(ValueError, match=r"`target_text` must be written in .* got 1 of 2 rows .*'1' \(U\+0031\)"):
+        choose_tokenizers(arguments, checkpoint, bad, None, keeps_own=True)
+    train_subwords([*TEXTS, "other words"], 50).save_pretrained(tmp_path / "other")
+    named = StartArguments(start="transfer", checkpoint="x", source_tokenizer=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="`source_tokenizer` must be the base's own where an adapter is trained"):
+        choose_tokenizers(named, checkpoint, good, None, keeps_own=True)
+
+
 def test_a_folder_s_vocabulary_is_kept_where_it_writes_the_texts_and_else_made_anew(tmp_path):
     processor = write_folder(tmp_path, make_translation_model())
     checkpoint, arguments = read_checkpoint(tmp_path), StartArguments(start="partial", checkpoint="x", vocab_size=60)

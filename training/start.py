@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from converters.streamspeech import DECODER_PREFIXES, KINDS, TranslationCheckpoint
 from data.sentencepiece_models import MODEL_SUFFIX, read_sentencepiece
 from data.subwords import SPECIAL_TOKENS, count_unwritable, train_subwords
+from data.text import name_characters
 from modeling import (
     EchoStreamConfig,
     EchoStreamForSpeechToSpeechTranslation,
@@ -334,6 +335,8 @@ def choose_tokenizers(
     checkpoint: TranslationCheckpoint | None,
     texts: Mapping[str, Sequence[str]],
     languages: Sequence[str] | None,
+    *,
+    keeps_own: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase, dict[str, str]]:
     """
     Returns the tokenizers of both languages, and prefixes of a checkpoint's weights that are of other vocabularies.
@@ -345,9 +348,11 @@ def choose_tokenizers(
         checkpoint: Where weights come from.
         texts: Normalised transcripts of the training split, `source` and `target`.
         languages: Codes of source and target.
+        keeps_own: Whether the checkpoint must stay as it is, as an adapter's base must.
 
     Raises:
-        ValueError: A file of weights alone has vocabularies that nobody names, or a tokenizer other special tokens.
+        ValueError: A file of weights alone has vocabularies that nobody names, or a tokenizer other special tokens; or
+            a checkpoint that must stay as it is cannot write the transcripts, or is given another tokenizer.
     """
     codes = dict(zip(("source", "target"), [*(languages or ()), None, None], strict=False))
     named = {"source": arguments.source_tokenizer, "target": arguments.target_tokenizer}
@@ -371,7 +376,24 @@ def choose_tokenizers(
         is_trusted = checkpoint is not None and not checkpoint.is_whole and named[side]
         if checkpoint is not None and not is_same and not is_trusted:
             excluded |= dict.fromkeys(prefixes[side], f"of another {side} vocabulary")
+            if keeps_own:
+                raise _vocabulary_error(side, own, texts[side])
     return chosen["source"], chosen["target"], excluded
+
+
+def _vocabulary_error(side: str, own: PreTrainedTokenizerBase | None, texts: Sequence[str]) -> ValueError:
+    column = {"source": "text", "target": "target_text"}[side]
+    if own is None or count_unwritable(own, texts) <= MAX_UNWRITABLE * len(texts):
+        return ValueError(
+            f"`{side}_tokenizer` must be the base's own where an adapter is trained, got another one. Leave it out."
+        )
+    known = set("".join(own.get_vocab()))
+    unknown = sorted(set("".join(texts)) - known - {" "})
+    return ValueError(
+        f"`{column}` must be written in the base's vocabulary where an adapter is trained, got "
+        f"{count_unwritable(own, texts)} of {len(texts)} rows with characters that it lacks "
+        f"({name_characters(unknown)}). Write figures as words, or train the whole model."
+    )
 
 
 def load_tokenizer(name: str, *, language: str | None) -> PreTrainedTokenizerBase:

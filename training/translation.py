@@ -189,7 +189,7 @@ def load_translations(arguments: TranslationCorpusArguments, split: str) -> Data
 
 
 def build_translation_model(
-    start_args: StartArguments, corpus: Dataset, languages: Sequence[str] | None
+    start_args: StartArguments, corpus: Dataset, languages: Sequence[str] | None, *, is_base: bool = False
 ) -> tuple[EchoStreamForSpeechToSpeechTranslation, EchoStreamProcessor, StartReport]:
     """
     Returns the model and the processor of a start, and what was loaded.
@@ -198,6 +198,7 @@ def build_translation_model(
         start_args: How to start.
         corpus: Rows of the training split, of which new vocabularies are made.
         languages: Codes of source and target, whose rules normalise the texts.
+        is_base: Whether an adapter is trained on the checkpoint, which must then stay as it is.
 
     Raises:
         ValueError: As [`read_checkpoint`], [`choose_tokenizers`] and [`load_weights`].
@@ -208,7 +209,9 @@ def build_translation_model(
         side: list(map(partial(normalize_text, language=code), corpus[column]))
         for side, code, column in (("source", source, "text"), ("target", target, "target_text"))
     }
-    source_tokenizer, target_tokenizer, excluded = choose_tokenizers(start_args, checkpoint, texts, languages)
+    source_tokenizer, target_tokenizer, excluded = choose_tokenizers(
+        start_args, checkpoint, texts, languages, keeps_own=is_base
+    )
     units = find_num_units(corpus["units"]) if "units" in corpus.column_names else None
     config = make_translation_config(
         start_args,
@@ -256,7 +259,9 @@ def start_model(
         training_args.resume_from_checkpoint = str(wanted)
         if not translation_args.has_adapter:
             start_args = replace(start_args, checkpoint=str(wanted), start="evaluate")
-    model, processor, report = build_translation_model(start_args, corpus, languages)
+    model, processor, report = build_translation_model(
+        start_args, corpus, languages, is_base=translation_args.has_adapter
+    )
     if is_resumed:
         report = read_report(Path(training_args.resume_from_checkpoint).parent) or report
     if translation_args.has_adapter:
