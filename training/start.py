@@ -366,7 +366,7 @@ def choose_tokenizers(
     for side in ("source", "target"):
         own = _load_own(checkpoint, side)
         if named[side]:
-            chosen[side] = load_tokenizer(named[side], language=codes[side])
+            chosen[side] = load_subwords(named[side], language=codes[side])
         elif own is not None and count_unwritable(own, texts[side]) <= MAX_UNWRITABLE * len(texts[side]):
             chosen[side] = own
         else:
@@ -396,7 +396,7 @@ def _vocabulary_error(side: str, own: PreTrainedTokenizerBase | None, texts: Seq
     )
 
 
-def load_tokenizer(name: str, *, language: str | None) -> PreTrainedTokenizerBase:
+def load_subwords(name: str, *, language: str | None) -> PreTrainedTokenizerBase:
     """
     Returns a tokenizer by its folder or Hub name, or of a `.model` file of sentencepiece.
 
