@@ -1,0 +1,116 @@
+"""Trains an audio language model: any encoder on any causal language model, each side frozen, full, LoRA or QLoRA.
+
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_audio_lm.py \\
+    --config recipes/configs/train_audio_lm_barista.yaml --encoder openai/whisper-base \\
+    --language_model HuggingFaceTB/SmolLM2-135M-Instruct --dataset barista --output_dir outputs/barista
+"""
+
+from torch import nn
+from transformers import set_seed
+
+from data.conversation_batches import ConversationCollator, TranscriptCollator
+from modeling.audio_lm_modes import list_trainable, set_inference_mode
+from modeling.files import write_whole
+from publishing.card import CardArguments, write_card
+from publishing.hub import push_folder, take_hub_target
+from publishing.report import print_results, write_results
+from training.arguments import parse_arguments
+from training.audio_lm_results import describe_run, evaluate_run, make_planned_model, summarize_stages
+from training.audio_lm_setup import (
+    AudioLMArguments,
+    InstructionArguments,
+    StageData,
+    describe_stage,
+    enter_stage,
+    list_stages,
+    load_audio_lm,
+)
+from training.audio_lm_trainer import AudioLMTrainingArguments, train_stage
+from training.output_folder import check_output_dir, claim_output_dir
+
+ARGUMENTS = (AudioLMArguments, InstructionArguments, CardArguments, AudioLMTrainingArguments)
+
+
+def plan_model(arguments: tuple) -> nn.Module:
+    """Returns the model that such a run trains in its last stage, made of its configurations alone."""
+    lm_args, data, _, training_args = arguments
+    stages = list_stages(
+        lm_args, num_train_epochs=training_args.num_train_epochs, has_transcripts=data.transcripts is not None
+    )
+    return make_planned_model(lm_args, stages[-1])
+
+
+def main() -> None:
+    """Runs the recipe."""
+    arguments = parse_arguments(*ARGUMENTS)
+    with claim_output_dir(arguments[-1]):
+        train(*arguments)
+
+
+def train(
+    lm_args: AudioLMArguments,
+    data_args: InstructionArguments,
+    card_args: CardArguments,
+    training_args: AudioLMTrainingArguments,
+) -> None:
+    """Trains stage after stage, saves the bundle and evaluates it."""
+    output_dir = training_args.output_dir
+    check_output_dir(output_dir, is_resumed=bool(training_args.resume_from_checkpoint), is_model=True)
+    hub_target = take_hub_target(training_args)
+    set_seed(training_args.seed)
+    stages = list_stages(
+        lm_args,
+        num_train_epochs=training_args.num_train_epochs,
+        has_transcripts=data_args.transcripts is not None,
+    )
+
+    # Model and processor
+    model, processor = load_audio_lm(lm_args, stages)
+    batch_size = training_args.per_device_eval_batch_size
+    data = StageData(lm_args, data_args, processor, batch_size=batch_size, seed=training_args.seed)
+
+    # Data, trainer and training of each stage
+    results: dict[str, object] = {"stages": []}
+    for number, stage in enumerate(stages, start=1):
+        enter_stage(model, stage, lm_args)
+        trained = list_trainable(model)
+        collator = (TranscriptCollator if stage.objective == "align" else ConversationCollator)(processor)
+        has_evaluation = training_args.eval_strategy != "no" and stage.objective == "answer"
+        metrics = train_stage(
+            model,
+            stage,
+            number=number,
+            train_dataset=data.prepare(model, stage, data_args.train_split),
+            eval_dataset=data.prepare(model, stage, data_args.eval_split) if has_evaluation else None,
+            collator=collator,
+            arguments=training_args,
+            processor=processor,
+        )
+        padding = {"padding": collator.padding} if stage.objective == "answer" else {}
+        results["stages"].append({**describe_stage(stage), "trainable": trained, **padding, **metrics})
+
+    # Save
+    results |= summarize_stages(
+        results["stages"], model, data.load(stages[-1].corpus, data_args.train_split)[1].seconds
+    )
+    if training_args.process_index:
+        return
+    set_inference_mode(model)
+    model.save_pretrained(output_dir, save_full=lm_args.save_full)
+    with write_whole(output_dir) as scratch:
+        processor.save_pretrained(scratch)
+
+    # Evaluate
+    if data_args.eval_split:
+        results |= evaluate_run(model, processor, data, data_args, lm_args, batch_size=batch_size)
+    write_results(output_dir, results)
+    write_card(output_dir, describe_run(lm_args, data_args, card_args, stages))
+    print_results({name: value for name, value in results.items() if name != "stages"})
+
+    # Push
+    if hub_target:
+        print(push_folder(output_dir, hub_target))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""What has come of training an audio language model: scores of its answers, its memory, and what its card says."""
+
+import json
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
+
+from data.conversation_batches import ClipWindows
+from data.instructions import JSON, Conversation
+from inference.audio_answers import add_examples, answer_conversations, check_hallucination, read_prompt, score_answers
+from modeling import AudioLMConfig, AudioLMForConditionalGeneration
+from modeling.audio_lm_modes import list_trainable, set_modes
+from publishing.card import CardArguments, CardSubject, public_name
+from publishing.report import format_code
+from training.audio_lm_setup import AudioLMArguments, InstructionArguments, Stage, StageData, cache_encoder
+from training.planning import quantize_shapes
+
+EXAMPLES = 20  # answers that results keep, to be read
+
+USAGE = """\
+```python
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+model = AutoModelForMultimodalLM.from_pretrained("{repository}", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("{repository}", trust_remote_code=True)
+
+question = [{{"type": "audio", "path": "clip.wav"}}, {{"type": "text", "text": {instruction}}}]
+chat = [{{"role": "user", "content": question}}]
+inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+with torch.inference_mode():
+    tokens = model.generate(**inputs, max_new_tokens=100)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+```
+"""
+
+
+def read_peak_bytes() -> int:
+    """Returns the most memory that this process has had so far: of the GPU where it trains on one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def summarize_stages(stages: Sequence[Mapping], model: PreTrainedModel, seconds: float) -> dict[str, object]:
+    """
+    Returns the facts of a training: parameters, those that trained in any stage, speech, time and memory.
+
+    Args:
+        stages: Of each stage what the recipe notes: `trainable` by part, `train_runtime` in seconds.
+        model: That was trained.
+        seconds: Of audio.
+    """
+    parts = {part: max(stage["trainable"][part] for stage in stages) for part in stages[0]["trainable"]}
+    return {
+        "total_parameters": sum(value.numel() for value in model.parameters()),
+        "trainable_parameters": sum(parts.values()),
+        "trainable_by_part": parts,
+        "train_seconds": seconds,
+        "train_runtime": sum(stage["train_runtime"] for stage in stages),
+        "peak_bytes": read_peak_bytes(),
+    }
+
+
+def answer_split(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Conversation],
+    windows: ClipWindows,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    cache: Mapping[str, object] | None = None,
+    examples: tuple[Sequence[Conversation], ClipWindows, Sequence[int]] | None = None,
+) -> list[str]:
+    """
+    Returns the answers of a model, in evaluation mode, to the prompts of conversations whose clips can be heard.
+
+    Args:
+        model: An audio language model.
+        processor: Of the model.
+        conversations: What is asked; their own answers are not shown.
+        windows: Of their clips.
+        batch_size: Conversations answered together.
+        max_new_tokens: Most tokens of an answer.
+        cache: Settings of [`cache_encoder`], to hear each recording once for several models of one frozen encoder.
+        examples: Solved conversations that each prompt begins with: all of them, their windows, and which are shown.
+    """
+    sources = {"asked": windows}
+    states = {"asked": cache_encoder(model, windows, processor, **cache)} if cache is not None else {}
+    shown: list[Conversation] = []
+    if examples is not None:
+        sources["shown"] = examples[1]
+        shown = [examples[0][number] for number in examples[2]]
+        if cache is not None:
+            states["shown"] = cache_encoder(model, examples[1], processor, **cache)
+
+    def hear(source: str, number: int) -> list:
+        """Returns each clip of a conversation: its samples, or the states of its windows."""
+        own = sources[source].windows[number]
+        if cache is not None:
+            return [[states[source][window]["states"] for window in clip] for clip in own]
+        return [torch.cat([torch.from_numpy(sources[source].read(window)) for window in clip]).numpy() for clip in own]
+
+    before = [clip for number in (examples[2] if examples else ()) for clip in hear("shown", number)]
+    heard = [before + hear("asked", number) for number in range(len(conversations))]
+    return answer_conversations(
+        model,
+        processor,
+        [add_examples(conversation.prompt, shown) for conversation in conversations],
+        heard,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        states=None if cache is None else heard,
+    )
+
+
+def evaluate_run(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    data: StageData,
+    data_args: InstructionArguments,
+    lm_args: AudioLMArguments,
+    *,
+    batch_size: int,
+) -> dict[str, object]:
+    """Returns the scores of a trained model, in inference mode, on the evaluation split and on silence."""
+    conversations, windows = data.load("instructions", data_args.eval_split)
+    kept = [number for number in range(len(conversations)) if number not in windows.faulty]
+    cache = {"folder": lm_args.cache_dir, "dtype": lm_args.cache_dtype, "batch_size": batch_size}
+    answers = answer_split(
+        model, processor, conversations, windows,
+        batch_size=batch_size, max_new_tokens=lm_args.max_answer_tokens, cache=cache,
+    )  # fmt: skip
+    answers, conversations = [answers[number] for number in kept], [conversations[number] for number in kept]
+    is_json = data_args.response_format == JSON
+    scores = score_answers(answers, [conversation.answer for conversation in conversations], is_json=is_json)
+    silence = probe_silence(
+        model, processor, conversations[0], is_json=is_json, max_new_tokens=lm_args.max_answer_tokens
+    )
+    pairs = [
+        {"name": Path(conversation.name).name, "answer": answer, "reference": conversation.answer}
+        for conversation, answer in zip(conversations, answers, strict=True)
+    ]
+    return (
+        {f"eval_{name}": value for name, value in scores.items()} | silence | {"eval_answers_read": pairs[:EXAMPLES]}
+    )
+
+
+def probe_silence(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversation: Conversation,
+    *,
+    is_json: bool,
+    max_new_tokens: int,
+) -> dict[str, object]:
+    """Returns what [`check_hallucination`] finds with the prompt of a conversation of one clip."""
+    system = next((turn["content"][0]["text"] for turn in conversation.messages if turn["role"] == "system"), None)
+    last = conversation.prompt[-1]["content"]
+    instruction = "".join(part["text"] for part in last if part["type"] == "text")
+    prompt = read_prompt(instruction, num_clips=1, system=system)
+
+    def listen(clips: list) -> list[str]:
+        """Answers the same question about each clip."""
+        return answer_conversations(
+            model, processor, [prompt] * len(clips), [[clip] for clip in clips],
+            batch_size=len(clips), max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+
+    rate = processor.feature_extractor.sampling_rate
+    return check_hallucination(listen, sampling_rate=rate, is_json=is_json)
+
+
+def describe_run(
+    lm_args: AudioLMArguments,
+    data_args: InstructionArguments,
+    card_args: CardArguments,
+    stages: Sequence[Stage],
+) -> CardSubject:
+    """Returns what the card says beside the results."""
+    last = stages[-1]
+    parts = f"encoder {last.encoder_mode}, language model {last.llm_mode}, projector {last.projector_mode}"
+    names = (lm_args.encoder, lm_args.language_model) if lm_args.encoder else (lm_args.model_name_or_path,)
+    sides = " and ".join(map(format_code, map(public_name, names)))
+    instruction = json.dumps(data_args.instruction or "Transcribe the speech.")
+    return CardSubject(
+        dataset=data_args.dataset,
+        split=data_args.eval_split or data_args.train_split,
+        description=f"An audio language model: {sides}, joined by a projector. Trained: {parts}.",
+        base=lm_args.language_model,
+        language=card_args.language,
+        dataset_licence=card_args.dataset_licence,
+        licence=card_args.licence,
+        usage=USAGE.replace("{instruction}", instruction.replace("{", "{{").replace("}", "}}")),
+    )
+
+
+def make_planned_model(lm_args: AudioLMArguments, stage: Stage) -> PreTrainedModel:
+    """Returns the model of a stage made of its configurations alone, 4-bit sides in the shapes that they load in."""
+    if lm_args.model_name_or_path is not None:
+        config = AudioLMConfig.from_pretrained(lm_args.model_name_or_path)
+    else:
+        layer = lm_args.encoder_layer
+        config = AudioLMConfig(
+            audio_config=AutoConfig.from_pretrained(lm_args.encoder),
+            text_config=AutoConfig.from_pretrained(lm_args.language_model),
+            audio_token_id=0,
+            projector_type=lm_args.projector_type,
+            window_frames=lm_args.window_frames,
+            window_tokens=lm_args.window_tokens,
+            encoder_layer=int(layer) if layer.lstrip("-").isdecimal() else layer,
+        )
+    dtype = getattr(torch, lm_args.dtype)
+    model = AudioLMForConditionalGeneration(config)
+    model.model.audio_tower.to(dtype)
+    model.model.language_model.to(dtype)
+    modes = {"encoder_mode": stage.encoder_mode, "llm_mode": stage.llm_mode}
+    for side, flag in ((model.model.audio_tower, "encoder_mode"), (model.model.language_model, "llm_mode")):
+        if modes[flag] == "qlora":
+            quantize_shapes(side)
+            modes[flag] = "lora"  # what trains is the same
+    set_modes(model, **modes, projector_mode=stage.projector_mode, llm_last_layers=stage.llm_last_layers)
+    list_trainable(model)
+    return model
+
+
+__all__ = [
+    "answer_split",
+    "describe_run",
+    "evaluate_run",
+    "make_planned_model",
+    "probe_silence",
+    "read_peak_bytes",
+    "summarize_stages",
+]
