@@ -20,7 +20,7 @@ from modeling import AudioLMForConditionalGeneration, AudioLMProcessor
 from modeling.audio_lm_modes import PROJECTOR_MODES, find_side, set_modes
 from modeling.audio_lm_sides import ENCODER, LANGUAGE_MODEL, MODES, make_lora_config
 from modeling.configuration_audio_lm import MIX, PROJECTOR_TYPES
-from modeling.weight_digest import digest_tensors
+from modeling.fingerprint import digest_tensors
 
 logger = logging.getLogger(__name__)
 
