@@ -6,16 +6,37 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from accelerate import PartialState
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from data.instructions import Conversation, make_turn
 from data.metrics import WordErrorRate
 from data.structured_answers import parse_answer, score_structured
 from data.text import normalize_text
+from modeling import AudioLMConfig, AudioLMForConditionalGeneration, AudioLMProcessor
+from modeling.audio_lm_modes import set_inference_mode
 
 # What a hallucination check listens to: seconds, and loudness as the deviation of samples; 0 is digital silence.
 PROBE_SECONDS = (1.0, 5.0)
 PROBE_LEVELS = {"silence": 0.0, "noise": 0.01}
+
+
+def is_audio_lm(model_name_or_path: str) -> bool:
+    """Whether a folder or a repository on the Hub is an audio language model of this project, a bundle or whole."""
+    config, _ = PreTrainedConfig.get_config_dict(model_name_or_path)
+    return config.get("model_type") == AudioLMConfig.model_type
+
+
+def load_audio_chat(model_name_or_path: str) -> tuple[AudioLMForConditionalGeneration, AudioLMProcessor]:
+    """
+    Returns an audio language model, in inference mode on this process's device, and its processor.
+
+    Args:
+        model_name_or_path: Bundle or whole checkpoint: a folder or a Hub name.
+    """
+    model = AudioLMForConditionalGeneration.from_pretrained(model_name_or_path).to(PartialState().device)
+    set_inference_mode(model)
+    return model, AutoProcessor.from_pretrained(model_name_or_path)
 
 
 @torch.inference_mode()
@@ -164,6 +185,8 @@ __all__ = [
     "answer_conversations",
     "ask",
     "check_hallucination",
+    "is_audio_lm",
+    "load_audio_chat",
     "read_prompt",
     "score_answers",
 ]

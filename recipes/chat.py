@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.audio import read_audio
 from data.prompts import WhisperPrompt
 from inference.answering import answer, load_chat, read_clips
+from inference.audio_answers import answer_conversations, is_audio_lm, load_audio_chat, read_prompt
 from training.arguments import parse_arguments
 from training.endings import run_main
 
@@ -20,7 +22,9 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".au")
 class ChatArguments:
     """What is asked, of what, about what."""
 
-    model_name_or_path: str = field(metadata={"help": "Whisper or Qwen2-Audio: a folder or a Hub name."})
+    model_name_or_path: str = field(
+        metadata={"help": "Whisper, Qwen2-Audio, or a bundle of train_audio_lm.py: a folder or a Hub name."}
+    )
     audio: list[str] = field(
         metadata={"help": "Recordings: wav, flac, ogg or mp3; a last value that is none is asked."}
     )
@@ -33,6 +37,9 @@ class ChatArguments:
     )
     language: str | None = field(
         default=None, metadata={"help": "Language code of the speech, such as en, for a multilingual Whisper."}
+    )
+    system: str | None = field(
+        default=None, metadata={"help": "What a bundle's system turn says; as in its training, where it had one."}
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of an answer."})
     dtype: str = field(default="auto", metadata={"help": "Precision of the weights: auto, float32 or bfloat16."})
@@ -71,11 +78,34 @@ def flag_question(tokens: Sequence[str]) -> list[str]:
     return [*rest, *(token for question in questions for token in ("--question", question))]
 
 
+def ask_audio_lm(arguments: ChatArguments) -> None:
+    """
+    Answers one question about all recordings with a bundle, or a whole audio language model, and prints it.
+
+    Raises:
+        ValueError: A flag is given that is for other models.
+    """
+    changed = {"adapter": arguments.adapter, "language": arguments.language, "load_in_4bit": arguments.load_in_4bit}
+    if unfit := [name for name, value in changed.items() if value]:
+        raise ValueError(f"`{unfit[0]}` must be left out for a bundle, got {changed[unfit[0]]}. A bundle has its own.")
+    model, processor = load_audio_chat(arguments.model_name_or_path)
+    question = arguments.question or processor.transcription_prompt
+    prompt = read_prompt(question, num_clips=len(arguments.audio), system=arguments.system)
+    rate = processor.feature_extractor.sampling_rate
+    clips = [read_audio(file, sampling_rate=rate) for file in arguments.audio]
+    limits = {"batch_size": 1, "max_new_tokens": arguments.max_new_tokens}
+    print(*answer_conversations(model, processor, [prompt], [clips], **limits))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Answers one question, or transcribes."""
     # Arguments
     tokens = flag_question(sys.argv[1:] if argv is None else argv)
     (arguments,) = parse_arguments(ChatArguments, argv=tokens)
+
+    if is_audio_lm(arguments.model_name_or_path):
+        ask_audio_lm(arguments)
+        return
 
     # Model and adapter
     options = {"dtype": arguments.dtype, "load_in_4bit": arguments.load_in_4bit}

@@ -75,9 +75,9 @@ def answer_split(
     max_new_tokens: int,
     cache: Mapping[str, object] | None = None,
     examples: tuple[Sequence[Conversation], ClipWindows, Sequence[int]] | None = None,
-) -> list[str]:
+) -> list[tuple[Conversation, str]]:
     """
-    Returns the answers of a model, in evaluation mode, to the prompts of conversations whose clips can be heard.
+    Returns conversations whose clips can be heard, each with the answer of a model, in evaluation mode.
 
     Args:
         model: An audio language model.
@@ -106,16 +106,18 @@ def answer_split(
         return [torch.cat([torch.from_numpy(sources[source].read(window)) for window in clip]).numpy() for clip in own]
 
     before = [clip for number in (examples[2] if examples else ()) for clip in hear("shown", number)]
-    heard = [before + hear("asked", number) for number in range(len(conversations))]
-    return answer_conversations(
+    kept = [number for number in range(len(conversations)) if number not in windows.faulty]
+    heard = [before + hear("asked", number) for number in kept]
+    answers = answer_conversations(
         model,
         processor,
-        [add_examples(conversation.prompt, shown) for conversation in conversations],
+        [add_examples(conversations[number].prompt, shown) for number in kept],
         heard,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         states=None if cache is None else heard,
     )
+    return [(conversations[number], answer) for number, answer in zip(kept, answers, strict=True)]
 
 
 def evaluate_run(
@@ -129,25 +131,24 @@ def evaluate_run(
 ) -> dict[str, object]:
     """Returns the scores of a trained model, in inference mode, on the evaluation split and on silence."""
     conversations, windows = data.load("instructions", data_args.eval_split)
-    kept = [number for number in range(len(conversations)) if number not in windows.faulty]
+    limit, is_json = lm_args.max_answer_tokens, data_args.response_format == JSON
     cache = {"folder": lm_args.cache_dir, "dtype": lm_args.cache_dtype, "batch_size": batch_size}
-    answers = answer_split(
-        model, processor, conversations, windows,
-        batch_size=batch_size, max_new_tokens=lm_args.max_answer_tokens, cache=cache,
-    )  # fmt: skip
-    answers, conversations = [answers[number] for number in kept], [conversations[number] for number in kept]
-    is_json = data_args.response_format == JSON
-    scores = score_answers(answers, [conversation.answer for conversation in conversations], is_json=is_json)
-    silence = probe_silence(
-        model, processor, conversations[0], is_json=is_json, max_new_tokens=lm_args.max_answer_tokens
+    options = {"batch_size": batch_size, "max_new_tokens": limit, "cache": cache}
+    answered = answer_split(model, processor, conversations, windows, **options)
+    scores = score_answers(
+        [answer for _, answer in answered], [conversation.answer for conversation, _ in answered], is_json=is_json
     )
-    pairs = [
+    silence = probe_silence(model, processor, answered[0][0], is_json=is_json, max_new_tokens=limit)
+    results = {f"eval_{name}": value for name, value in scores.items()} | silence
+    return results | {"eval_answers_read": list_answers(answered[:EXAMPLES])}
+
+
+def list_answers(answered: Sequence[tuple[Conversation, str]]) -> list[dict[str, str]]:
+    """Returns answers beside their references, to be read."""
+    return [
         {"name": Path(conversation.name).name, "answer": answer, "reference": conversation.answer}
-        for conversation, answer in zip(conversations, answers, strict=True)
+        for conversation, answer in answered
     ]
-    return (
-        {f"eval_{name}": value for name, value in scores.items()} | silence | {"eval_answers_read": pairs[:EXAMPLES]}
-    )
 
 
 def probe_silence(
@@ -232,6 +233,7 @@ __all__ = [
     "answer_split",
     "describe_run",
     "evaluate_run",
+    "list_answers",
     "make_planned_model",
     "probe_silence",
     "read_peak_bytes",
