@@ -4,7 +4,8 @@ python -m recipes.plan --config recipes/configs/personalize_synthetic.yaml \\
     --model_name_or_path outputs/base --speaker_id whisper
 
 Everything but `--recipe`, `--output_file` and `--no_trial` is the recipe's own. A recipe can be planned that has a
-function `plan_model(arguments)`: the model that it trains, adapters on it, made of configurations alone.
+function `plan_model(arguments)`: the model that it trains, adapters on it, made of configurations alone. Where a
+recipe's batches are its own it has `draw_trial` too, and `count_planned_epochs` where it trains in stages.
 """
 
 import argparse
@@ -178,7 +179,7 @@ class Planner:
             num_steps=count_steps(
                 self.corpus,
                 batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                num_epochs=args.num_train_epochs,
+                num_epochs=self._count_epochs(),
                 max_steps=args.max_steps,
                 num_together=num_together,
             ),
@@ -188,6 +189,11 @@ class Planner:
         plan.memory |= self._estimate_batch(plan)
         plan.cache = self._describe_cache()
         return plan
+
+    def _count_epochs(self) -> float:
+        """Passes over the corpus: those of the stage that is planned, where a recipe has stages of training."""
+        count = getattr(self.recipe, "count_planned_epochs", None)
+        return count(self.arguments) if count else self.training_args.num_train_epochs
 
     def _count_memory(self) -> dict[str, int | None]:
         parameters = list(self.model.parameters())
@@ -225,19 +231,29 @@ class Planner:
 
     def try_out(self, plan: Plan) -> None:
         """Runs two steps on random weights and random speech and adds what they took, or why they did not run."""
-        if not self.has_stages:
+        draw = getattr(self.recipe, "draw_trial", None)
+        if not self.has_stages and draw is None:
             plan.trial = "not possible: the batches of this kind of model are not known here"
+            return
+        if any(hasattr(parameter, "quant_state") for parameter in self.model.parameters()):
+            plan.trial = "not possible: there are no random weights in 4 bits"
             return
         if plan.peak_bytes > plan.available_bytes:
             plan.trial = "left out: it would not fit into memory"
             return
         model = self.recipe.plan_model(self.arguments)
         characters = self.corpus.characters_per_second if self.corpus else DEFAULT_CHARACTERS / DEFAULT_SECONDS
-        batches = [
-            draw_batch(model, num_rows=plan.num_rows, seconds=seconds, num_tokens=round(characters * seconds))
-            for seconds in (plan.longest_seconds, plan.typical_seconds)
-        ]
-        objective = CTCObjective(model)
+        seconds = (plan.longest_seconds, plan.typical_seconds)
+        if draw is not None:
+            objective, batches = draw(
+                self.arguments, model, num_rows=plan.num_rows, seconds=seconds, characters_per_second=characters
+            )
+        else:
+            batches = [
+                draw_batch(model, num_rows=plan.num_rows, seconds=long, num_tokens=round(characters * long))
+                for long in seconds
+            ]
+            objective = CTCObjective(model)
         trial = run_trial(objective, self.training_args, batches, adapter_names=self.adapter_names)
         plan.trial = asdict(trial)
         plan.memory |= {"activations": trial.activation_bytes, "optimizer": trial.optimizer_bytes}

@@ -15,10 +15,11 @@ from publishing.card import CardArguments, write_card
 from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results, write_results
 from training.arguments import parse_arguments
-from training.audio_lm_results import describe_run, evaluate_run, make_planned_model, summarize_stages
+from training.audio_lm_results import describe_run, draw_answers, evaluate_run, make_planned_model, summarize_stages
 from training.audio_lm_setup import (
     AudioLMArguments,
     InstructionArguments,
+    Stage,
     StageData,
     describe_stage,
     enter_stage,
@@ -31,13 +32,26 @@ from training.output_folder import check_output_dir, claim_output_dir
 ARGUMENTS = (AudioLMArguments, InstructionArguments, CardArguments, AudioLMTrainingArguments)
 
 
+def find_planned_stage(arguments: tuple) -> Stage:
+    """Returns the stage that `recipes/plan.py` plans: the last one, in which the most trains."""
+    lm_args, data_args, _, training_args = arguments
+    has_transcripts = data_args.transcripts is not None
+    return list_stages(lm_args, num_train_epochs=training_args.num_train_epochs, has_transcripts=has_transcripts)[-1]
+
+
 def plan_model(arguments: tuple) -> nn.Module:
     """Returns the model that such a run trains in its last stage, made of its configurations alone."""
-    lm_args, data, _, training_args = arguments
-    stages = list_stages(
-        lm_args, num_train_epochs=training_args.num_train_epochs, has_transcripts=data.transcripts is not None
-    )
-    return make_planned_model(lm_args, stages[-1])
+    return make_planned_model(arguments[0], find_planned_stage(arguments))
+
+
+def count_planned_epochs(arguments: tuple) -> float:
+    """Returns the passes over the corpus of the last stage."""
+    return find_planned_stage(arguments).num_train_epochs
+
+
+def draw_trial(arguments: tuple, model: nn.Module, **sizes: object) -> tuple[nn.Module, list[dict]]:
+    """Returns the objective of the last stage and batches of noise for it."""
+    return draw_answers(model, is_cached=find_planned_stage(arguments).encoder_mode == "frozen", **sizes)
 
 
 def main() -> None:
@@ -105,7 +119,7 @@ def train(
         results |= evaluate_run(model, processor, data, data_args, lm_args, batch_size=batch_size)
     write_results(output_dir, results)
     write_card(output_dir, describe_run(lm_args, data_args, card_args, stages))
-    print_results({name: value for name, value in results.items() if name != "stages"})
+    print_results({name: value for name, value in results.items() if name not in ("stages", "eval_answers_read")})
 
     # Push
     if hub_target:

@@ -18,6 +18,7 @@ import soundfile
 import torch
 from audio_lm_models import save_bases
 from serving import write_adapter
+from spoken_words import write_spoken_words
 from transformers import Trainer, Wav2Vec2CTCTokenizer
 
 from data.synthesis import Voice, synthesize
@@ -220,3 +221,15 @@ def small_base(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> 
 def audio_lm_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of tiny encoders and language models, by family."""
     return save_bases(tmp_path_factory.mktemp("audio_lm_bases"))
+
+
+@pytest.fixture(scope="session")
+def spoken_words(tmp_path_factory) -> Path:
+    """Folder of a spoken toy task: which of four words is said."""
+    return write_spoken_words(tmp_path_factory.mktemp("spoken") / "words")
+
+
+@pytest.fixture(scope="session")
+def few_words(tmp_path_factory) -> Path:
+    """The same of one voice."""
+    return write_spoken_words(tmp_path_factory.mktemp("spoken") / "few", num_voices=1)

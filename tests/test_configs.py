@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes import adapt_domain, personalize, train_ctc, train_s2st
+from recipes import adapt_domain, personalize, train_audio_lm, train_ctc, train_s2st
 from tests.speech_models import save_base
 from tests.translation_models import TINY_FIELDS, write_translation_corpus
 
@@ -23,17 +23,25 @@ RUNS = {
     "adapt_domain_fsdd": (adapt_domain, "whisper", TINY_ADAPTER),
     "adapt_domain_qwen2_audio": (adapt_domain, "qwen2_audio", (*TINY_ADAPTER, "--simulate_domain", "ldv")),
     "train_s2st_synthetic": (train_s2st, None, TINY_TRANSLATOR),
+    "train_audio_lm_barista": (train_audio_lm, "audio_lm", ("--max_steps", 1, "--max_answer_tokens", 40)),
+    "train_audio_lm_fsdd": (train_audio_lm, "audio_lm", ("--max_steps", 1)),
 }
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_that_ships_runs(run_recipe_main, small_corpus, small_base, tmp_path, config):
+def test_every_config_that_ships_runs(
+    run_recipe_main, small_corpus, small_base, audio_lm_bases, few_words, tmp_path, config
+):
     recipe, base, flags = RUNS[config.stem]
-    if base:
+    if base == "audio_lm":
+        sides = ("--encoder", audio_lm_bases["whisper"], "--language_model", audio_lm_bases["llama"])
+        words = ("--dataset", few_words, "--transcripts", few_words / "words.jsonl")
+        flags = (*flags, *sides, *words, "--cache_dir", tmp_path / "cache")
+    elif base:
         folder = small_base if base == "small" else save_base(base, tmp_path / "base")
         flags = (*flags, "--model_name_or_path", folder, "--cache_dir", tmp_path / "cache")
     is_translated = recipe is train_s2st
     corpus = write_translation_corpus(tmp_path / "corpus") if is_translated else small_corpus
     run_recipe_main(recipe.main, "--config", config, "--dataset", corpus, "--output_dir", tmp_path / "out", *flags)
     results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
-    assert any(name.endswith(("wer", "cosine_after")) for name in results)
+    assert any(name.endswith(("wer", "cosine_after", "exact_match")) for name in results)

@@ -137,11 +137,15 @@ def test_plan_loads_no_weights(plan, config_folder):
 
 
 @pytest.mark.parametrize("config", PLANNED, ids=lambda path: path.stem)
-def test_plan_runs_for_every_shipped_configuration(config, config_folder, whisper_folder, small_corpus, tmp_path):
+def test_plan_runs_for_every_shipped_configuration(
+    config, config_folder, whisper_folder, small_corpus, audio_lm_bases, few_words, tmp_path
+):
+    sides = ["--encoder", audio_lm_bases["whisper"], "--language_model", audio_lm_bases["llama"]]
     flags = {
         "personalize": ["--model_name_or_path", config_folder, "--speaker_id", "ann"],
         "train_ctc": [],
         "adapt_domain": ["--model_name_or_path", whisper_folder],
+        "train_audio_lm": [*sides, "--dataset", few_words, "--transcripts", few_words / "words.jsonl"],
     }[find_recipe(None, str(config))]
     file = tmp_path / "plan.json"
     tokens = ["--config", config, "--dataset", small_corpus, "--no_trial", "--output_file", file, *flags]

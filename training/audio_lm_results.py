@@ -8,17 +8,23 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
+from data.collators import IGNORED_LABEL
 from data.conversation_batches import ClipWindows
 from data.instructions import JSON, Conversation
 from inference.audio_answers import add_examples, answer_conversations, check_hallucination, read_prompt, score_answers
 from modeling import AudioLMConfig, AudioLMForConditionalGeneration
-from modeling.audio_lm_modes import list_trainable, set_modes
+from modeling.audio_encoders import find_frame_formula
+from modeling.audio_lm_modes import set_modes, set_training_mode
+from modeling.configuration_audio_lm import MIX
 from publishing.card import CardArguments, CardSubject, public_name
 from publishing.report import format_code
 from training.audio_lm_setup import AudioLMArguments, InstructionArguments, Stage, StageData, cache_encoder
+from training.objectives.audio_lm import AnswerObjective
 from training.planning import quantize_shapes
 
 EXAMPLES = 20  # answers that results keep, to be read
+# For plans, where no processor is loaded: of Whisper and of encoders of waves, of English, of a short instruction.
+FRAME_SECONDS, CHARACTERS_A_TOKEN, PROMPT_TOKENS = 0.02, 3.0, 20
 
 USAGE = """\
 ```python
@@ -225,11 +231,59 @@ def make_planned_model(lm_args: AudioLMArguments, stage: Stage) -> PreTrainedMod
             quantize_shapes(side)
             modes[flag] = "lora"  # what trains is the same
     set_modes(model, **modes, projector_mode=stage.projector_mode, llm_last_layers=stage.llm_last_layers)
-    list_trainable(model)
     return model
 
 
+def draw_answers(
+    model: PreTrainedModel,
+    *,
+    is_cached: bool,
+    num_rows: int,
+    seconds: Sequence[float],
+    characters_per_second: float,
+) -> tuple[AnswerObjective, list[dict[str, torch.Tensor]]]:
+    """
+    Returns the objective of answers and batches of noise for it, for a trial.
+
+    Args:
+        model: With memory, its modes set.
+        is_cached: Whether batches have states of the encoder, or what it hears.
+        num_rows: Conversations of a batch.
+        seconds: Of audio a conversation, in each batch.
+        characters_per_second: Of the answers.
+    """
+    config, batches = model.config, []
+    set_training_mode(model)
+    for long in seconds:
+        num_frames = max(1, round(long / FRAME_SECONDS))
+        num_audio = int(config.count_tokens(num_frames))
+        num_answer = max(1, round(characters_per_second * long / CHARACTERS_A_TOKEN))
+        ids = torch.ones(num_rows, num_audio + PROMPT_TOKENS + num_answer, dtype=torch.long)
+        ids[:, :num_audio] = config.audio_token_id
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - num_answer, IGNORED_LABEL)
+        batch = {"labels": labels, "input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
+        if is_cached:
+            layers = config.num_encoder_states if config.encoder_layer == MIX else 1
+            width = layers * config.audio_config.hidden_size
+            batch["states"] = torch.randn(num_rows, num_frames, width)
+            batch["num_frames"] = torch.full((num_rows,), num_frames)
+        else:
+            batch |= _draw_features(model, num_rows, num_frames)
+        batches.append(batch)
+    return AnswerObjective(model), batches
+
+
+def _draw_features(model: PreTrainedModel, num_rows: int, num_frames: int) -> dict[str, torch.Tensor]:
+    """Returns noise of which the encoder makes so many frames."""
+    offset, stride = find_frame_formula(model.model.audio_tower)
+    num_inputs = num_frames * stride - offset
+    mel = getattr(model.config.audio_config, "num_mel_bins", None)
+    shape = (num_rows, num_inputs) if mel is None else (num_rows, mel, num_inputs)
+    return {"input_features": torch.randn(shape), "input_features_mask": torch.ones(num_rows, num_inputs).long()}
+
+
 __all__ = [
+    "draw_answers",
     "answer_split",
     "describe_run",
     "evaluate_run",

@@ -13,6 +13,7 @@ from transformers.quantizers import AutoHfQuantizer
 from data.audio import MIX, audio_seconds
 from data.corpora import load_corpus
 from data.domain_clips import select_domain
+from data.instructions import find_chats
 from data.speakers import select_speakers
 from modeling.adapters import SpeechAdapterLayer, is_adapter_parameter
 from training.frozen_part import FrozenPrefix
@@ -176,9 +177,16 @@ class CorpusSize:
         return self.seconds / self.num_utterances
 
 
+def find_text_column(flags: Mapping[str, object]) -> str | None:
+    """Returns the column of what a recipe's model writes; None of chats, whose recordings are not counted here."""
+    if "response_column" not in flags:
+        return "text"
+    return None if find_chats(flags["dataset"]) else flags["response_column"] or "text"
+
+
 def measure_corpus(flags: Mapping[str, object]) -> CorpusSize | None:
     """
-    Returns the size of the corpus that a recipe's flags name, from headers; `None` for a stream.
+    Returns the size of the corpus that a recipe's flags name, from headers; `None` for a stream and for chats.
 
     Args:
         flags: Name -> value, of all of the recipe's arguments.
@@ -190,7 +198,10 @@ def measure_corpus(flags: Mapping[str, object]) -> CorpusSize | None:
         return None
     source = {name: flags.get(name) for name in ("dataset_config", "text_column")}
     source["channel"] = flags.get("channel", MIX)
-    corpus = load_corpus(flags["dataset"], split=flags["train_split"], required_columns=("audio", "text"), **source)
+    text = find_text_column(flags)
+    if text is None:
+        return None
+    corpus = load_corpus(flags["dataset"], split=flags["train_split"], required_columns=("audio", text), **source)
     domain = flags.get("source_domain") if flags.get("simulate_domain") else flags.get("target_domain")
     if domain and "domain" in corpus.column_names:
         corpus = select_domain(corpus, domain, flag="target_domain")
@@ -212,7 +223,7 @@ def measure_corpus(flags: Mapping[str, object]) -> CorpusSize | None:
         num_utterances=math.ceil(num_clips / joined),
         seconds=num_clips * mean,
         longest_seconds=max(seconds) * flags.get("concatenate_max", 1) / min(1.0, flags.get("min_speed", 1.0)),
-        characters_per_second=sum(map(len, measured["text"][:])) / sum(seconds),
+        characters_per_second=sum(map(len, map(str, measured[text][:]))) / sum(seconds),
         num_speakers=num_speakers,
     )
 

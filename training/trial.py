@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from data.audio import SAMPLING_RATE
-from training.objectives.recognition import CTCObjective
+from training.objectives import Objective
 from training.trainer import AdapterTrainer
 
 
@@ -135,7 +135,7 @@ def read_clock() -> float:
 
 
 def run_trial(
-    objective: CTCObjective,
+    objective: Objective,
     training_args: TrainingArguments,
     batches: Sequence[dict],
     *,
@@ -145,14 +145,14 @@ def run_trial(
     Returns what a step on each of two batches told, taken by the recipes' own Trainer.
 
     Args:
-        objective: Of a recogniser with memory; its weights change.
+        objective: Of a model with memory; its weights change.
         training_args: Of the training; nothing is written where they say.
         batches: The longest and a typical one.
         adapter_names: Adapters that share the rows, if they are several.
     """
     objective.to(training_args.device)
     frozen_seconds = 0.0
-    if objective.prefix is not None:
+    if getattr(objective, "prefix", None) is not None:
         packed = []
         for batch in batches:
             start = read_clock()
