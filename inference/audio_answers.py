@@ -128,7 +128,7 @@ def add_examples(prompt: Sequence[Mapping], examples: Sequence[Conversation]) ->
     return system + shown + tuple(prompt[len(system) :])
 
 
-def score_answers(answers: Sequence[str], references: Sequence[str], *, is_json: bool) -> dict[str, float | int]:
+def grade_answers(answers: Sequence[str], references: Sequence[str], *, is_json: bool) -> dict[str, float | int]:
     """
     Returns `exact_match` and, of answers in JSON, the rates of [`score_structured`]; of texts, `wer` and `exact_match`
     after normalisation.
@@ -188,5 +188,5 @@ __all__ = [
     "is_audio_lm",
     "load_audio_chat",
     "read_prompt",
-    "score_answers",
+    "grade_answers",
 ]

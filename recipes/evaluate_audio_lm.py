@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from data.conversation_batches import ClipWindows
 from data.instructions import JSON, load_conversations
-from inference.audio_answers import load_audio_chat, score_answers
+from inference.audio_answers import grade_answers, load_audio_chat
 from modeling.files import write_text
 from publishing.report import print_results
 from training.arguments import parse_arguments
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     answered = answer_split(model, processor, conversations, windows, examples=examples, **limits)
     answers, references = [answer for _, answer in answered], [conversation.answer for conversation, _ in answered]
     is_json = data_args.response_format == JSON
-    results = score_answers(answers, references, is_json=is_json)
+    results = grade_answers(answers, references, is_json=is_json)
     if arguments.check_silence:
         limit = {"max_new_tokens": arguments.max_new_tokens}
         results |= probe_silence(model, processor, answered[0][0], is_json=is_json, **limit)

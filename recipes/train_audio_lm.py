@@ -58,10 +58,10 @@ def main() -> None:
     """Runs the recipe."""
     arguments = parse_arguments(*ARGUMENTS)
     with claim_output_dir(arguments[-1]):
-        train(*arguments)
+        train_stages(*arguments)
 
 
-def train(
+def train_stages(
     lm_args: AudioLMArguments,
     data_args: InstructionArguments,
     card_args: CardArguments,

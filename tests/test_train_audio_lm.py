@@ -18,7 +18,7 @@ from data.conversation_batches import (
 )
 from data.instructions import Conversation, load_conversations, make_turn
 from data.timed_transcripts import SILENCE, find_targets, load_timed_transcripts, tokenize_words
-from inference.audio_answers import add_examples, answer_conversations, ask, check_hallucination, score_answers
+from inference.audio_answers import add_examples, answer_conversations, ask, check_hallucination, grade_answers
 from modeling.audio_lm_modes import list_trainable, set_modes
 from recipes import chat, evaluate_audio_lm, plan, train_audio_lm
 from training.audio_lm_results import answer_split
@@ -324,7 +324,7 @@ def test_examples_are_heard_before_the_clip_that_is_asked_about(model, dataset, 
 
 
 def test_texts_are_scored_by_words_and_as_wholes():
-    scores = score_answers(["One two.", "three"], ["one two", "four"], is_json=False)
+    scores = grade_answers(["One two.", "three"], ["one two", "four"], is_json=False)
     assert (scores["wer"], scores["exact_match"], scores["answers"]) == (1 / 3, 1 / 2, 2)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 from data.collators import IGNORED_LABEL
 from data.conversation_batches import ClipWindows
 from data.instructions import JSON, Conversation
-from inference.audio_answers import add_examples, answer_conversations, check_hallucination, read_prompt, score_answers
+from inference.audio_answers import add_examples, answer_conversations, check_hallucination, grade_answers, read_prompt
 from modeling import AudioLMConfig, AudioLMForConditionalGeneration
 from modeling.audio_encoders import find_frame_formula
 from modeling.audio_lm_modes import set_modes, set_training_mode
@@ -141,7 +141,7 @@ def evaluate_run(
     cache = {"folder": lm_args.cache_dir, "dtype": lm_args.cache_dtype, "batch_size": batch_size}
     options = {"batch_size": batch_size, "max_new_tokens": limit, "cache": cache}
     answered = answer_split(model, processor, conversations, windows, **options)
-    scores = score_answers(
+    scores = grade_answers(
         [answer for _, answer in answered], [conversation.answer for conversation, _ in answered], is_json=is_json
     )
     silence = probe_silence(model, processor, answered[0][0], is_json=is_json, max_new_tokens=limit)
