@@ -136,34 +136,35 @@ def _write_chat(split: str, conversation, texts: Mapping[str, str]) -> str:
     return json.dumps({"split": split, "messages": messages}) + "\n"
 
 
-def build_lexicon(answers: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """Returns the values of each slot that occur in answers, the longest first."""
-    values: dict[str, set[str]] = {}
-    for answer in answers:
-        for slot, value in answer.items():
-            values.setdefault(slot, set()).add(value)
-    return {slot: sorted(own, key=lambda value: (-len(value), value)) for slot, own in values.items()}
+def build_lexicon(answers: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Returns slots with the values that occur in answers, the longest values first."""
+    pairs = {(slot, value) for answer in answers for slot, value in answer.items()}
+    return sorted(pairs, key=lambda pair: (-len(pair[1]), *pair))
 
 
-def match_slots(text: str, lexicon: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def match_slots(text: str, lexicon: Sequence[tuple[str, str]]) -> dict[str, str]:
     """
-    Returns the longest value of each slot that stands in a text, word by word; figures are read as words.
+    Returns the slots whose values stand in a text, word by word, the longest first; what is matched is used up.
+
+    Figures are read as words.
 
     Example:
 
     ```python
-    >>> from benchmarks.audio_lm import match_slots
+    >>> from benchmarks.audio_lm import build_lexicon, match_slots
 
-    >>> match_slots("A 12-ounce iced coffee!", {"size": ["twelve ounce"], "drink": ["iced coffee", "coffee"]})
-    {'size': 'twelve ounce', 'drink': 'iced coffee'}
+    >>> lexicon = build_lexicon([{"size": "medium", "roast": "medium roast"}, {"size": "twelve ounce"}])
+    >>> match_slots("A 12-ounce medium roast!", lexicon)
+    {'roast': 'medium roast', 'size': 'twelve ounce'}
 
     ```
     """
-    spoken = " ".join(NUMBERS.get(word, word) for word in normalize_text(text).split())
-    found = {}
-    for slot, values in lexicon.items():
-        value = next((value for value in values if f" {value} " in f" {spoken} "), None)
-        found |= {} if value is None else {slot: value}
+    left = f" {' '.join(NUMBERS.get(word, word) for word in normalize_text(text).split())} "
+    found: dict[str, str] = {}
+    for slot, value in lexicon:
+        if slot not in found and f" {value} " in left:
+            found[slot] = value
+            left = left.replace(f" {value} ", " | ", 1)
     return found
 
 

@@ -37,13 +37,16 @@ class ClipWindows(torch.utils.data.Dataset):
 
     def __init__(self, conversations: Sequence[Conversation | TimedTranscript], processor):
         self.processor = processor
+        self.groups: list[tuple[int, int, int]] = []  # row, first and last sample of each window
+        self.windows: list[list[list[int]]] = [[] for _ in conversations]
+        self.faulty: dict[int, str] = {}
+        if not any(conversation.clips for conversation in conversations):
+            return  # text alone
         corpus = list_clips(conversations)
         rate = processor.feature_extractor.sampling_rate
         clips = read_concatenated(corpus, {"conversation": corpus["conversation"][:]}, sampling_rate=rate)
         self.clips: Dataset = clips
         self._samples = clips.with_format("numpy", columns=["samples"])
-        self.groups: list[tuple[int, int, int]] = []  # row, first and last sample of each window
-        self.windows: list[list[list[int]]] = [[] for _ in conversations]
         for row, (number, num_samples) in enumerate(zip(clips["conversation"], clips["num_samples"], strict=True)):
             self.windows[number].append(list(self._split(row, num_samples)))
         self.faulty = {

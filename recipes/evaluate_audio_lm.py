@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     answers, references = [answer for _, answer in answered], [conversation.answer for conversation, _ in answered]
     is_json = data_args.response_format == JSON
     results = grade_answers(answers, references, is_json=is_json)
-    if arguments.check_silence:
+    if arguments.check_silence and len(answered[0][0].clips) == 1:
         limit = {"max_new_tokens": arguments.max_new_tokens}
         results |= probe_silence(model, processor, answered[0][0], is_json=is_json, **limit)
 

@@ -139,12 +139,15 @@ def evaluate_run(
     conversations, windows = data.load("instructions", data_args.eval_split)
     limit, is_json = lm_args.max_answer_tokens, data_args.response_format == JSON
     cache = {"folder": lm_args.cache_dir, "dtype": lm_args.cache_dtype, "batch_size": batch_size}
-    options = {"batch_size": batch_size, "max_new_tokens": limit, "cache": cache}
+    options = {"batch_size": batch_size, "max_new_tokens": limit, "cache": cache if len(windows) else None}
     answered = answer_split(model, processor, conversations, windows, **options)
     scores = grade_answers(
         [answer for _, answer in answered], [conversation.answer for conversation, _ in answered], is_json=is_json
     )
-    silence = probe_silence(model, processor, answered[0][0], is_json=is_json, max_new_tokens=limit)
+    has_clip = len(answered[0][0].clips) == 1
+    silence = (
+        probe_silence(model, processor, answered[0][0], is_json=is_json, max_new_tokens=limit) if has_clip else {}
+    )
     results = {f"eval_{name}": value for name, value in scores.items()} | silence
     return results | {"eval_answers_read": list_answers(answered[:EXAMPLES])}
 
