@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from data.instructions import Conversation, make_turn
-from data.metrics import WordErrorRate
+from data.metrics import CharacterErrorRate, WordErrorRate
 from data.structured_answers import parse_answer, score_structured
 from data.text import normalize_text
 from modeling import AudioLMConfig, AudioLMForConditionalGeneration, AudioLMProcessor
@@ -130,15 +130,17 @@ def add_examples(prompt: Sequence[Mapping], examples: Sequence[Conversation]) ->
 
 def grade_answers(answers: Sequence[str], references: Sequence[str], *, is_json: bool) -> dict[str, float | int]:
     """
-    Returns `exact_match` and, of answers in JSON, the rates of [`score_structured`]; of texts, `wer` and `exact_match`
-    after normalisation.
+    Returns `exact_match` and, of answers in JSON, the rates of [`score_structured`]; of texts, `wer`, `cer` and
+    `exact_match` after normalisation.
     """
     if is_json:
         return score_structured(answers, references)
     said, wanted = [normalize_text(answer) for answer in answers], [normalize_text(text) for text in references]
-    rate = WordErrorRate().compute(predictions=said, references=wanted)
+    pairs = {"predictions": said, "references": wanted}
+    words, characters = WordErrorRate().compute(**pairs), CharacterErrorRate().compute(**pairs)
     return {
-        "wer": rate["wer"],
+        "wer": words["wer"],
+        "cer": characters["cer"],
         "exact_match": sum(map(operator.eq, said, wanted)) / len(said),
         "answers": len(said),
     }
