@@ -22,10 +22,11 @@ from data.timed_transcripts import SILENCE, find_targets, load_timed_transcripts
 from inference.audio_answers import add_examples, answer_conversations, ask, check_hallucination, grade_answers
 from modeling.audio_lm_modes import list_trainable, set_modes
 from recipes import chat, evaluate_audio_lm, plan, train_audio_lm
-from training.audio_lm_results import answer_split
+from training.audio_lm_results import answer_split, set_planned_modes
 from training.audio_lm_setup import AudioLMArguments, Stage, cache_encoder, list_stages
 from training.audio_lm_trainer import AudioLMTrainingArguments, list_trained, load_trained, save_trained
 from training.objectives.audio_lm import AlignObjective, AnswerObjective, project_windows
+from training.planning import bytes_of
 
 TASK = {"response_column": "slots", "response_format": "json", "instruction": "Which?"}
 FLAGS = ("--response_column", "slots", "--response_format", "json", "--instruction", "Which?")
@@ -487,3 +488,15 @@ def test_a_plan_knows_memory_and_time_by_mode(audio_lm_bases, few_words, tmp_pat
 def test_fewer_shots_than_none_are_refused():
     with pytest.raises(ValueError, match="`shots` must be at least 0, got -1"):
         evaluate_audio_lm.EvaluateAudioLMArguments(model_name_or_path="x", shots=-1)
+
+
+def test_a_plan_of_qlora_counts_weights_in_4_bits_and_the_same_lora(audio_lm_bases):
+    config = join(audio_lm_bases, projector={"window_frames": 4}).config
+    with torch.device("meta"):
+        half = set_planned_modes(config, torch.float32, llm_mode="lora", encoder_mode="lora")
+        small = set_planned_modes(config, torch.float32, llm_mode="qlora", encoder_mode="qlora")
+    assert list_trainable(small) == list_trainable(half)
+    linear = "model.language_model.layers.0.mlp.up_proj.base_layer.weight"
+    sizes = [bytes_of(dict(model.named_parameters())[linear]) for model in (half, small)]
+    assert sizes[0] == 4 * 64 * 32
+    assert sizes[1] < sizes[0] / 6

@@ -224,16 +224,37 @@ def make_planned_model(lm_args: AudioLMArguments, stage: Stage) -> PreTrainedMod
             window_tokens=lm_args.window_tokens,
             encoder_layer=int(layer) if layer.lstrip("-").isdecimal() else layer,
         )
-    dtype = getattr(torch, lm_args.dtype)
+    return set_planned_modes(
+        config,
+        getattr(torch, lm_args.dtype),
+        **{name: getattr(stage, name) for name in ("encoder_mode", "llm_mode", "projector_mode", "llm_last_layers")},
+    )
+
+
+def set_planned_modes(
+    config: AudioLMConfig,
+    dtype: torch.dtype,
+    *,
+    encoder_mode: str = "frozen",
+    llm_mode: str = "frozen",
+    **modes: object,
+) -> PreTrainedModel:
+    """
+    Returns a model of random weights, or on the meta device of none, in the modes given.
+
+    Args:
+        config: Of the model.
+        dtype: Of both sides; what qlora leaves as it is in a side of 4 bits.
+        encoder_mode, llm_mode, modes: As for [`set_modes`].
+    """
     model = AudioLMForConditionalGeneration(config)
-    model.model.audio_tower.to(dtype)
-    model.model.language_model.to(dtype)
-    modes = {"encoder_mode": stage.encoder_mode, "llm_mode": stage.llm_mode}
-    for side, flag in ((model.model.audio_tower, "encoder_mode"), (model.model.language_model, "llm_mode")):
-        if modes[flag] == "qlora":
-            quantize_shapes(side)
-            modes[flag] = "lora"  # what trains is the same
-    set_modes(model, **modes, projector_mode=stage.projector_mode, llm_last_layers=stage.llm_last_layers)
+    for side in (model.model.audio_tower, model.model.language_model, model.lm_head):
+        side.to(dtype)
+    if encoder_mode == "qlora":
+        quantize_shapes(model.model.audio_tower)
+    if llm_mode == "qlora":
+        quantize_shapes(model.model.language_model)
+    set_modes(model, encoder_mode=encoder_mode, llm_mode=llm_mode, **modes)
     return model
 
 
@@ -294,5 +315,6 @@ __all__ = [
     "make_planned_model",
     "probe_silence",
     "read_peak_bytes",
+    "set_planned_modes",
     "summarize_stages",
 ]

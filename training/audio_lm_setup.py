@@ -109,9 +109,7 @@ class InstructionArguments:
     """Which recordings, what is asked about them, and what the answers are."""
 
     dataset: str = field(
-        metadata={
-            "help": "Folder, manifest, Hub name, or .jsonl file of `messages` (docs/audio_lm_training.md)."
-        }
+        metadata={"help": "Folder, manifest, Hub name, or .jsonl file of `messages` (docs/audio_lm_training.md)."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the transcripts."})
