@@ -438,7 +438,15 @@ class EchoStreamForSpeechToSpeechTranslation(EchoStreamPreTrainedModel, Generati
 
         Returns:
             Subwords `(batch, tokens)`, start token first; or with units an [`EchoStreamGeneration`].
+
+        Raises:
+            ValueError: There are `encoder_outputs` without the `attention_mask` of their features.
         """
+        if input_features is None and attention_mask is None:
+            raise ValueError(
+                "`attention_mask` must be given with `encoder_outputs`, got none: which of their frames are padding, "
+                "only the features' mask says."
+            )
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_features, attention_mask)
         if attention_mask is None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSpeechSeq2Seq
 
-from modeling import EchoStreamConfig, EchoStreamForSpeechToSpeechTranslation
+from modeling import EchoStreamConfig, EchoStreamForSpeechToSpeechTranslation, SpeechAdapterConfig
 from modeling.ctc import beam_search_ctc, collapse_ctc, ctc_loss_of_fitting, find_misfits
 from tests.translation_models import make_translation_batch, make_translation_model, take_row
 
@@ -358,6 +358,34 @@ def test_generation_writes_neither_blank_nor_padding_nor_unknown():
     model.mt_decoder.layer_norm.bias.data.copy_(-model.mt_decoder.embed_tokens.weight.data.sum(0))
     sequences = model.generate(torch.randn(1, 100, 80), max_new_tokens=5)
     assert not set(sequences[0, 1:].tolist()) & {0, 1, 3}
+
+
+def test_generation_from_states_asks_for_their_mask(model, batch):
+    states = model.encode(batch["input_features"], batch["attention_mask"])
+    with pytest.raises(ValueError, match="`attention_mask` must be given with `encoder_outputs`, got none"):
+        model.generate(encoder_outputs=states)
+    inputs = {name: batch[name] for name in ("input_features", "attention_mask")}
+    expected = model.generate(**inputs, max_new_tokens=4)
+    again = model.generate(encoder_outputs=states, attention_mask=batch["attention_mask"], max_new_tokens=4)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(batch, is_adapted):
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = make_translation_model(encoder_fields={"dropout": 0.0}, dropout=0.0).train()
+        if is_adapted:
+            torch.manual_seed(0)
+            model.add_adapter(SpeechAdapterConfig(kind="bottleneck", hidden_sizes=[2]), "ann")
+            model.freeze_base_model()
+        if is_checkpointed:
+            model.activation_checkpointing_enable()
+        model(**batch).loss.backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0].values())
 
 
 def test_unit_beams_find_what_no_single_best_path_says():
