@@ -11,7 +11,7 @@ from .augmentation import Augmentation
 from .left_out import StreamedRows
 from .spelling import MAX_CLIP_SECONDS, find_faults
 from .text import find_normalizer
-from .utterances import count_ctc_frames, read_clip
+from .utterances import count_ctc_frames, count_logit_frames, read_clip
 
 # Rows, undecoded, among which the next one is drawn.
 SHUFFLED_ROWS = 256
@@ -70,7 +70,8 @@ def stream_utterances(
         pauses = augmentation.draw_pauses(2 + (" " in text), np.random.default_rng([seed, epoch, index, 1]))
         samples = augmentation.hear([clip["samples"]], pauses, generator)
         # Pauses are no room for words.
-        needed, there = count_ctc_frames(labels), (len(samples) - sum(pauses)) // samples_per_logit + 1
+        needed = count_ctc_frames(labels)
+        there = count_logit_frames(extractor, len(samples) - sum(pauses), samples_per_logit=samples_per_logit)
         rows.note(f"{name}: CTC needs {needed} frames, {there} are there" if needed > there else None)
         features = extractor.normalize(extractor.log_mel(samples))
         return {

@@ -1,7 +1,7 @@
 """Utterances for recognition: clips decoded once, joined, augmented and turned into features when a batch is made."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -69,7 +69,8 @@ def decode_clips(
     if not is_evaluation:
         table = drop_long(table, max_seconds=max_clip_seconds, sampling_rate=sampling_rate)
     warn_of_silence(table, sampling_rate=sampling_rate)
-    return drop_infeasible(table, samples_per_logit=samples_per_logit, max_speed=max_speed, is_joined=is_joined)
+    count = partial(count_logit_frames, processor.feature_extractor, samples_per_logit=samples_per_logit)
+    return drop_infeasible(table, count, max_speed=max_speed, is_joined=is_joined)
 
 
 def name_rows(corpus: Dataset) -> list[str]:
@@ -139,18 +140,53 @@ def count_ctc_frames(labels: Sequence[int]) -> int:
     return len(labels) + sum(left == right for left, right in zip(labels, labels[1:], strict=False))
 
 
+def count_logit_frames(extractor, num_samples: int, *, samples_per_logit: int) -> int:
+    """
+    Returns the frames of logits that a clip of `num_samples` samples gives.
+
+    Features are centred on their times, so that a frame stands at either end, or they are made of whole windows.
+
+    Args:
+        extractor: The model's feature extractor.
+        num_samples: Samples of the clip.
+        samples_per_logit: Samples of audio a frame of logits.
+
+    Example:
+
+    ```python
+    >>> from data.utterances import count_logit_frames
+    >>> from modeling import DeepSpeech2FeatureExtractor, EchoStreamFeatureExtractor
+
+    >>> count_logit_frames(DeepSpeech2FeatureExtractor(), 6400, samples_per_logit=320)
+    21
+    >>> count_logit_frames(EchoStreamFeatureExtractor(), 6400, samples_per_logit=640)  # 38 windows, four a frame
+    9
+
+    ```
+    """
+    if getattr(extractor, "has_whole_windows", False):
+        return extractor.get_num_frames(num_samples) // (samples_per_logit // extractor.hop_length)
+    return num_samples // samples_per_logit + 1
+
+
 def drop_infeasible(
-    table: Dataset, *, samples_per_logit: int, max_speed: float = 1.0, is_joined: bool = False
+    table: Dataset, count: Callable[[int], int], *, max_speed: float = 1.0, is_joined: bool = False
 ) -> Dataset:
     """
-    Drops rows whose `labels` need more frames than `num_samples` give, and says which.
+    Drops rows whose `labels` need more frames than their samples give, and says which.
+
+    Args:
+        table: Columns `name`, `labels` and `num_samples`.
+        count: Returns the frames of logits for a number of samples.
+        max_speed: Fastest speed perturbation that the clips must still be long enough for.
+        is_joined: Whether clips will be joined, so that each needs a frame more.
 
     Raises:
         ValueError: They are more than 5 % of the rows.
     """
     # Joined clips share the one frame that stands at an utterance's end, and have a delimiter between them.
     needed = [count_ctc_frames(labels) + 2 * is_joined for labels in table["labels"]]
-    there = [int(samples / max_speed) // samples_per_logit + 1 for samples in table["num_samples"]]
+    there = [count(int(samples / max_speed)) for samples in table["num_samples"]]
     bad = [row for row in range(len(table)) if needed[row] > there[row]]
     if not bad:
         return table

@@ -37,6 +37,11 @@ DEFAULT_TARGETS = {
     },
     "parakeet_ctc": {"bottleneck": r".*encoder\.layers\.\d+\.feed_forward2\.linear2"},
     "echostream": {"bottleneck": r"(encoder|mt_decoder|unit_decoder)\.layers\.\d+"},
+    "emformer": {
+        "mlp": "classifier",
+        "replacement": "classifier",
+        "bottleneck": r"encoder\.layers\.\d+",
+    },
     "whisper": dict.fromkeys(("mlp", "bottleneck", "transformer"), ["encoder.layer_norm"]),
     "qwen2_audio": dict.fromkeys(("mlp", "bottleneck", "transformer"), ["multi_modal_projector"]),
 }

@@ -211,6 +211,28 @@ class SpeechAdapterMixin:
         """Names of the active adapters; none where no adapter was ever added."""
         return super().active_adapters() if self._hf_peft_config_loaded else []
 
+    def freeze_base_model(self) -> None:
+        """Leaves only the adapters' parameters trainable."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_adapter_parameter(name))
+
+    def unfreeze_base_model(self) -> None:
+        """Makes every parameter trainable, the base's and the adapters'."""
+        self.requires_grad_(True)
+
+    def count_parameters(self, trainable_only: bool = False) -> dict[str, int]:
+        """
+        Returns the numbers of parameters as `{"total", "base", "adapter"}`.
+
+        Args:
+            trainable_only: Count only parameters that require a gradient.
+        """
+        counts = {"base": 0, "adapter": 0}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad or not trainable_only:
+                counts["adapter" if is_adapter_parameter(name) else "base"] += parameter.numel()
+        return {"total": sum(counts.values()), **counts}
+
 
 def find_adapter_code(folder: str | Path = Path(__file__).parent) -> list[Path]:
     """Returns the files in `folder` that travel with an adapter. Default: of this code, wherever it runs from."""

@@ -58,6 +58,7 @@ class EchoStreamFeatureExtractor(SequenceFeatureExtractor):
     """
 
     model_input_names = ["input_features", "attention_mask"]
+    has_whole_windows = True
 
     def __init__(
         self,

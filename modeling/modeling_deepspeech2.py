@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .adapters import SpeechAdapterMixin, adapters_off, find_active_adapters, is_adapter_parameter
+from .adapters import SpeechAdapterMixin, adapters_off, find_active_adapters
 from .configuration_deepspeech2 import DeepSpeech2Config
 from .ctc_labels import check_labels_fit
 
@@ -286,25 +286,3 @@ class DeepSpeech2ForCTC(DeepSpeech2PreTrainedModel):
                 blank=self.config.pad_token_id,
                 reduction=self.config.ctc_loss_reduction,
             )
-
-    def freeze_base_model(self) -> None:
-        """Leaves only the adapters' parameters trainable."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_adapter_parameter(name))
-
-    def unfreeze_base_model(self) -> None:
-        """Makes every parameter trainable, the base's and the adapters'."""
-        self.requires_grad_(True)
-
-    def count_parameters(self, trainable_only: bool = False) -> dict[str, int]:
-        """
-        Returns the numbers of parameters as `{"total", "base", "adapter"}`.
-
-        Args:
-            trainable_only: Count only parameters that require a gradient.
-        """
-        counts = {"base": 0, "adapter": 0}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad or not trainable_only:
-                counts["adapter" if is_adapter_parameter(name) else "base"] += parameter.numel()
-        return {"total": sum(counts.values()), **counts}

@@ -1,4 +1,4 @@
-"""Trains a DeepSpeech2 recogniser with CTC, from scratch or from a checkpoint.
+"""Trains a recogniser with CTC, DeepSpeech2 or a streaming Emformer, from scratch or from a checkpoint.
 
 accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_ctc.py \\
     --config recipes/configs/train_ctc_synthetic.yaml --output_dir outputs/base
@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2CTCTokenizer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCTC,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SequenceFeatureExtractor,
+    Wav2Vec2CTCTokenizer,
+    set_seed,
+)
 
 from data.augmentation import Augmentation, RecipeAugmentation
 from data.collators import CTCCollator
@@ -31,6 +39,9 @@ from modeling import (
     DeepSpeech2FeatureExtractor,
     DeepSpeech2ForCTC,
     DeepSpeech2Processor,
+    EchoStreamFeatureExtractor,
+    EmformerConfig,
+    EmformerForCTC,
     JamoCTCTokenizer,
 )
 from modeling.whole_models import load_whole
@@ -50,14 +61,29 @@ class ModelArguments:
     """The recogniser; the sizes are for a training from scratch."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to go on from."})
+    architecture: str = field(
+        default="deepspeech2",
+        metadata={"help": "Emformer writes while one speaks.", "choices": ["deepspeech2", "emformer"]},
+    )
     num_mel_bins: int = field(default=80, metadata={"help": "Mel bins of the features."})
-    hidden_size: int = field(default=512, metadata={"help": "Units of a recurrent layer a direction."})
-    num_hidden_layers: int = field(default=5, metadata={"help": "Recurrent layers."})
-    hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout between recurrent layers."})
+    hidden_size: int | None = field(
+        default=None,
+        metadata={"help": "Units of a recurrent layer a direction, or width of Emformer. Default: 512, 256."},
+    )
+    num_hidden_layers: int = field(default=5, metadata={"help": "Layers."})
+    hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout between recurrent layers, or in Emformer."})
+    segment_length: int = field(
+        default=8, metadata={"help": "Emformer: frames of 40 ms that are encoded at once, which it waits for."}
+    )
+    left_context_length: int = field(default=32, metadata={"help": "Emformer: frames before a segment that it sees."})
+    right_context_length: int = field(
+        default=2, metadata={"help": "Emformer: frames behind a segment that it sees and waits for."}
+    )
     normalization: str = field(
         default="utterance",
         metadata={
-            "help": "Features have mean 0 and deviation 1 over the utterance or bin.",
+            "help": "DeepSpeech2: features have mean 0 and deviation 1 over the utterance or bin; Emformer's over "
+            "the corpus.",
             "choices": ["utterance", "bin", "speech"],
         },
     )
@@ -113,7 +139,7 @@ ARGUMENTS = (ModelArguments, TrainingCorpusArguments, RecipeAugmentation, CardAr
 
 def build_model(
     arguments: ModelArguments, texts: Iterable[str], languages: Sequence[str] | None = None
-) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:
+) -> tuple[PreTrainedModel, DeepSpeech2Processor]:
     """
     Returns the checkpoint's model and processor, or fresh ones with a vocabulary of the characters in `texts`.
 
@@ -139,10 +165,17 @@ def build_model(
         path = Path(folder) / "vocab.json"
         path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         tokenizer = tokenizer_class(str(path), bos_token=None, eos_token=None, **{TRANSCRIPTS: transcripts})
+    return (build_emformer if arguments.architecture == "emformer" else build_deepspeech2)(arguments, tokenizer)
+
+
+def build_deepspeech2(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[DeepSpeech2ForCTC, DeepSpeech2Processor]:
+    """Returns a fresh DeepSpeech2 and its processor."""
     extractor = DeepSpeech2FeatureExtractor(arguments.num_mel_bins, normalization=arguments.normalization)
     config = DeepSpeech2Config(
         num_mel_bins=arguments.num_mel_bins,
-        hidden_size=arguments.hidden_size,
+        hidden_size=arguments.hidden_size or 512,
         num_hidden_layers=arguments.num_hidden_layers,
         hidden_dropout=arguments.hidden_dropout,
         vocab_size=len(tokenizer),
@@ -150,6 +183,46 @@ def build_model(
         inputs_to_logits_ratio=2 * extractor.hop_length,
     )
     return DeepSpeech2ForCTC(config), DeepSpeech2Processor(extractor, tokenizer)
+
+
+def build_emformer(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[EmformerForCTC, DeepSpeech2Processor]:
+    """Returns a fresh Emformer and its processor, whose features still lack the corpus's statistics."""
+    extractor = EchoStreamFeatureExtractor(arguments.num_mel_bins)
+    hidden_size = arguments.hidden_size or 256
+    config = EmformerConfig(
+        num_mel_bins=arguments.num_mel_bins,
+        subsampling_channels=2 * hidden_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=arguments.num_hidden_layers,
+        intermediate_size=4 * hidden_size,
+        dropout=arguments.hidden_dropout,
+        segment_length=arguments.segment_length,
+        left_context_length=arguments.left_context_length,
+        right_context_length=arguments.right_context_length,
+        max_memory_size=0,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return EmformerForCTC(config), DeepSpeech2Processor(extractor, tokenizer)
+
+
+def measure_features(extractor: SequenceFeatureExtractor, dataset: UtteranceDataset | EndlessUtterances) -> None:
+    """
+    Gives features that are normalised over the corpus its statistics, where they have none yet.
+
+    Raises:
+        ValueError: The corpus is streamed: it cannot be measured before it is read.
+    """
+    if not isinstance(extractor, EchoStreamFeatureExtractor) or extractor.mean is not None:
+        return
+    if isinstance(dataset, EndlessUtterances):
+        raise ValueError(
+            "`streaming` must be false for a fresh Emformer, got true. Its features need the corpus's mean: train it "
+            "on a part that fits the disk first, and go on from there with `model_name_or_path`."
+        )
+    extractor.set_statistics(*extractor.measure(row["samples"] for row in dataset.clips))
 
 
 def load_corpora(arguments: TrainingCorpusArguments) -> tuple[Dataset | IterableDataset, Dataset]:
@@ -210,22 +283,27 @@ def build_dataset(
 
 
 def describe_ctc_run(
-    model_args: ModelArguments, corpus_args: CorpusArguments, card_args: CardArguments, results: dict
+    model: PreTrainedModel,
+    model_args: ModelArguments,
+    corpus_args: CorpusArguments,
+    card_args: CardArguments,
+    results: dict,
 ) -> CardSubject:
     """Returns what the card is about."""
+    name = type(model).__name__.removesuffix("ForCTC")
     hours = f" on {results['train_seconds'] / 3600:.2g} hours of speech" if "train_seconds" in results else ""
     return CardSubject(
         base=model_args.model_name_or_path,
         dataset=corpus_args.dataset,
         split=corpus_args.eval_split,
-        description=f"DeepSpeech2 recogniser, trained with CTC{hours}.",
+        description=f"{name} recogniser, trained with CTC{hours}.",
         language=card_args.language,
         dataset_licence=card_args.dataset_licence,
         licence=card_args.licence,
     )
 
 
-def plan_model(arguments: tuple) -> DeepSpeech2ForCTC:
+def plan_model(arguments: tuple) -> PreTrainedModel:
     """Returns the model that such a run trains, made of configurations and transcripts, without weights of a file."""
     model_args, corpus_args, _, card_args, _ = arguments
     if model_args.model_name_or_path:
@@ -271,6 +349,7 @@ def train_recognizer(
         build_dataset, corpus_args, processor, find_samples_per_logit(model, processor), training_args.seed
     )
     train_dataset, eval_dataset = encode(train_corpus, augmentation), encode(eval_corpus, None)
+    measure_features(processor.feature_extractor, train_dataset)
 
     # Trainer
     batch_size = training_args.per_device_eval_batch_size
@@ -305,7 +384,7 @@ def train_recognizer(
         return
     print_results(results)
     write_results(training_args.output_dir, results)
-    write_card(training_args.output_dir, describe_ctc_run(model_args, corpus_args, card_args, results))
+    write_card(training_args.output_dir, describe_ctc_run(model, model_args, corpus_args, card_args, results))
 
     # Push
     if hub_target:
