@@ -30,6 +30,7 @@ from inference.answering import check_language
 from inference.audio_models import load_model
 from inference.beam_search import BeamDecoder, DecodingArguments, build_decoder
 from inference.decoding import Transcript, find_samples_per_logit, iterate_transcripts, load_adapter, load_recognizer
+from inference.live_recognition import stream_transcripts
 from inference.scoring import evaluate_dataset, score_answers
 from inference.whisper import iterate_whisper
 
@@ -64,6 +65,17 @@ class CTCRecognizer:
         del needs_times
         chunks = {"chunk_seconds": self.chunk_seconds, "overlap_seconds": self.overlap_seconds}
         return iterate_transcripts(self.model, self.processor, sources, decoder=self.decoder, **chunks, **options)
+
+    def stream(self, sources: Sequence[AudioSource], **options) -> Iterator[Transcript | AudioError]:
+        """
+        As [`stream_transcripts`].
+
+        Raises:
+            ValueError: The model hears whole recordings only, or a search over words is chosen.
+        """
+        if self.decoder is not None:
+            raise ValueError("`word_list` and `ngram` must be left out with `streaming`: a search needs what follows.")
+        return stream_transcripts(self.model, self.processor, sources, **options)
 
     def load_utterances(self, corpus: Dataset, *, concatenate: tuple[int, int] = (1, 1), seed: int = 0):
         """Returns the utterances of rows with transcripts, to be scored."""
@@ -110,6 +122,15 @@ class WhisperRecognizer:
         given = [name for name in ("word_list", "ngram") if getattr(decoding, name)]
         if given:
             raise ValueError(f"`{given[0]}` must be left out for a Whisper, got one. It is for CTC models.")
+
+    def stream(self, *_sources, **_options):
+        """
+        Refuses: a Whisper hears 30 s at once.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("`streaming` must be false for a Whisper, got true. It hears 30 s at once.")
 
     def transcribe(self, sources: Sequence[AudioSource], **options) -> Iterator[Transcript | AudioError]:
         """As [`iterate_whisper`]."""

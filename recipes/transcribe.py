@@ -2,6 +2,7 @@
 
 python recipes/transcribe.py --model_name_or_path BASE --adapter alice=ALICE bob=BOB --speaker alice bob a.wav b.mp3
 python recipes/transcribe.py --model_name_or_path BASE --adapter_store STORE --speaker alice bob a.wav b.mp3
+python recipes/transcribe.py --model_name_or_path EMFORMER --streaming a.wav
 """
 
 import os
@@ -9,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Literal
 
 from accelerate import PartialState
@@ -19,7 +21,7 @@ from data.audio_files import STDIN
 from inference.adapter_store import AdapterStore, list_adapter_names, locate_adapter
 from inference.beam_search import DecodingArguments
 from inference.recognizers import open_recognizer
-from inference.transcript_output import CAPTION_STYLES, TEXT, list_recordings, write_transcripts
+from inference.transcript_output import CAPTION_STYLES, TEXT, Recording, list_recordings, write_transcripts
 from modeling.adapters import BASE, check_adapter_name
 from training.arguments import parse_arguments
 from training.endings import run_main
@@ -68,6 +70,10 @@ class TranscribeArguments:
     batch_size: int = field(default=16, metadata={"help": "Chunks recognised together."})
     chunk_seconds: float = field(default=20.0, metadata={"help": "Longer recordings are heard in such chunks."})
     overlap_seconds: float = field(default=2.0, metadata={"help": "What two chunks share."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Hear each file as if it were spoken now; the text so far goes to standard error."},
+    )
     output_file: str | None = field(default=None, metadata={"help": "File to write in place of standard output."})
 
 
@@ -238,14 +244,17 @@ def main(argv: list[str] | None = None) -> int:
     store = open_store(arguments, adapter_names, model, processor) if arguments.adapter_store else None
 
     # Transcribe
-    results = recognizer.transcribe(
-        [recording.source for recording in recordings],
-        channels=[recording.channel for recording in recordings],
-        adapter_names=[adapter_names[recording.file_index] for recording in recordings],
-        store=store,
-        batch_size=arguments.batch_size,
-        needs_times=arguments.format != TEXT,
-    )
+    options = {
+        "channels": [recording.channel for recording in recordings],
+        "adapter_names": [adapter_names[recording.file_index] for recording in recordings],
+        "store": store,
+    }
+    sources = [recording.source for recording in recordings]
+    if arguments.streaming:
+        results = recognizer.stream(sources, on_partial=partial(print_partial, recordings), **options)
+    else:
+        options |= {"batch_size": arguments.batch_size, "needs_times": arguments.format != TEXT}
+        results = recognizer.transcribe(sources, **options)
 
     # Write
     if not PartialState().is_main_process:
@@ -259,6 +268,12 @@ def main(argv: list[str] | None = None) -> int:
         path=arguments.output_file,
     )
     return 1 if num_errors else 0
+
+
+def print_partial(recordings: Sequence[Recording], index: int, seconds: float, text: str) -> None:
+    """Prints what has been said in a recording so far, to standard error: the transcript alone is the output."""
+    name = f"{recordings[index].name}\t" if len(recordings) > 1 else ""
+    print(f"{name}{seconds:.2f} s\t{text}", file=sys.stderr, flush=True)
 
 
 def choose_for_files(arguments: TranscribeArguments, adapters: Mapping[str, str]) -> list[str]:
