@@ -4,8 +4,8 @@
     python -m benchmarks.emformer --torchaudio WHEELS/torchaudio-*.whl
 
 The peer is torchaudio's own file, taken out of its wheel and run alone, with the same weights on the same frames, in
-turn with ours. Times are CPU times of one thread, which other processes disturb least, of the layers alone: torchaudio's
-Emformer has no subsampling.
+turn with ours. Times are of the layers alone, as torchaudio's Emformer has no subsampling, and CPU times of one
+thread, which other processes disturb least.
 """
 
 import argparse

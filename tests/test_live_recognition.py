@@ -26,8 +26,8 @@ AS_RECORDED = ("--pause_share", 0, "--room_share", 0, "--device_share", 0, "--sa
 def base(run_recipe_main, small_corpus, tmp_path_factory):
     """Folder of a streaming recogniser that `train_ctc.py` made in some steps."""
     folder = tmp_path_factory.mktemp("emformer")
-    run_recipe_main(train_main, "--dataset", small_corpus, *SIZES, "--max_steps", 40, "--learning_rate", 0.02, *AS_RECORDED,
-             "--output_dir", folder)  # fmt: skip
+    run_recipe_main(train_main, "--dataset", small_corpus, *SIZES, "--max_steps", 40, "--learning_rate", 0.02,
+                    *AS_RECORDED, "--output_dir", folder)  # fmt: skip
     return folder
 
 

@@ -1,5 +1,6 @@
 """torchaudio's Emformer and RNN-T convert by name; its own file, where it can be had, gives the same values."""
 
+import json
 import os
 import sys
 import zipfile
@@ -8,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks import emformer
 from converters.torchaudio_emformer import convert_emformer_checkpoint, infer_emformer_config, to_torchaudio_name
 from modeling import EmformerConfig, EmformerModel
 
@@ -77,11 +79,17 @@ def test_other_checkpoints_are_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def torchaudio_models():
-    """torchaudio's own `emformer` and `rnnt`, from its wheel, without the rest of torchaudio."""
-    wheel = os.environ.get("TORCHAUDIO_WHEEL")
-    if not wheel:
+def wheel():
+    """Path of a wheel of torchaudio, which is no requirement."""
+    path = os.environ.get("TORCHAUDIO_WHEEL")
+    if not path:
         pytest.skip("TORCHAUDIO_WHEEL names no wheel of torchaudio (`pip download --no-deps torchaudio`)")
+    return path
+
+
+@pytest.fixture(scope="module")
+def torchaudio_models(wheel):
+    """torchaudio's own `emformer` and `rnnt`, from its wheel, without the rest of torchaudio."""
     package, models = ModuleType("torchaudio"), ModuleType("torchaudio.models")
     sys.modules |= {"torchaudio": package, "torchaudio.models": models}
     for name in ("emformer", "rnnt"):
@@ -139,3 +147,12 @@ def test_the_rnnt_preset_of_torchaudio_converts(torchaudio_models, tmp_path):
     expected, lengths = theirs.transcribe(features, torch.tensor([80]))
     assert lengths.tolist() == [20]
     torch.testing.assert_close(ours(features).last_hidden_state[:, :20], expected, rtol=0, atol=1e-4)
+
+
+def test_the_benchmark_compares_equal_outputs(wheel, tmp_path, capsys):
+    emformer.main(["--torchaudio", wheel, "--quick", "--results_folder", str(tmp_path)])
+    rows = json.loads((tmp_path / "emformer.json").read_text())["rows"]
+    assert rows[0]["max_difference"] < 1e-12
+    assert rows[-1]["max_difference"] < 1e-4
+    table = capsys.readouterr().out
+    assert [name for name in emformer.GOALS if name not in table.replace("difference", "gradient")] == []
