@@ -1,11 +1,15 @@
 """A streaming recogniser is trained, personalised and hears recordings as they come, by the recipes that users run."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from test_clean_process import BLOCKER
 from transformers import AutoModelForCTC, AutoProcessor
 
 from data.audio import read_audio
@@ -113,3 +117,36 @@ def test_a_streamed_corpus_cannot_give_its_mean(run_recipe_main, small_corpus, t
     with pytest.raises(ValueError, match="`streaming` must be false for a fresh Emformer, got true"):
         run_recipe_main(train_main, "--dataset", small_corpus, *SIZES, "--streaming", "true", "--max_steps", 1,
                         *AS_RECORDED, "--output_dir", tmp_path / "out")  # fmt: skip
+
+
+CLEAN = """
+import sys
+import torch
+from transformers import AutoModelForCTC, AutoProcessor
+
+remote = {"trust_remote_code": True}
+model = AutoModelForCTC.from_pretrained(sys.argv[1], **remote).eval()
+processor = AutoProcessor.from_pretrained(sys.argv[1], **remote)
+features = torch.linspace(-1, 1, 40 * 16).view(1, 40, 16)
+with torch.inference_mode():
+    first = model(features[:, :21], use_cache=True)
+    caches = {"past_key_values": first.past_key_values, "padding_cache": first.padding_cache}
+    second = model(features[:, 21:], **caches, is_last=True)
+logits = torch.cat([first.logits, second.logits], 1)
+finish({"logits": logits.flatten().tolist(), "text": processor(text="two").labels})
+"""
+
+
+def test_a_pushed_emformer_streams_in_a_process_without_this_project(base, tmp_path):
+    command = [sys.executable, "-I", "-c", BLOCKER + CLEAN, str(base)]
+    environment = os.environ | {"HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    features = torch.linspace(-1, 1, 40 * 16).view(1, 40, 16)
+    expected = AutoModelForCTC.from_pretrained(base).eval()(features).logits.flatten()
+    torch.testing.assert_close(torch.tensor(report["logits"]), expected, rtol=0, atol=1e-5)
+    assert report["ours"] == []
+    assert report["text"] == AutoProcessor.from_pretrained(base)(text="two").labels
