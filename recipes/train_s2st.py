@@ -86,7 +86,7 @@ def train(
         eval_dataset=eval_dataset,
         data_collator=TranslationCollator(processor),
         processing_class=processor,
-        callbacks=[HealthCallback(stop_on_collapse=health_args.stop_on_collapse)],
+        callbacks=[HealthCallback(**health_args.options)],
         score=partial(evaluate_translations, model, processor, eval_dataset, batch_size=batch_size),
         encoder_lr=translation_args.encoder_lr,
         decoder_lr=translation_args.decoder_lr,

@@ -88,6 +88,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, corpus,
     assert any(not torch.equal(first[name], before[name]) for name in first)
 
 
+def test_a_run_that_has_collapsed_ends_after_as_many_alarms_as_asked_for(corpus, trained_steps, tmp_path):
+    """A blank that is certain from the start, in evaluations after each step."""
+    flags = ("--max_steps", 6, "--eval_strategy", "steps", "--eval_steps", 1, "--learning_rate", "1e-9")
+    with patch("training.health.MAX_BLANK_SHARE", -1.0):
+        _run(corpus, tmp_path, *TINY, *flags, "--stop_on_collapse", "--collapse_patience", 2)
+    assert trained_steps == [0, 1]
+
+
 def test_nothing_to_resume_is_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="`output_dir` must hold a checkpoint for `--start resume`, got .* without"):
         _run(corpus, tmp_path, *TINY, "--start", "resume")

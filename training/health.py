@@ -38,6 +38,11 @@ class HealthArguments:
                 "alone, so one alarm is no collapse yet."
             )
 
+    @property
+    def options(self) -> dict[str, bool | int]:
+        """What a [`HealthCallback`] is told."""
+        return {"stop_on_collapse": self.stop_on_collapse, "patience": self.collapse_patience}
+
 
 class HealthMeter:
     """
