@@ -184,7 +184,8 @@ def _explain_encoder(feature_cosine: float) -> str:
     if feature_cosine > MAX_COSINE:
         return (
             f"So do its features (mean cosine {feature_cosine:.4f}): likely the feature extractor has no `mean` and "
-            "`std` of the corpus, or those of another scale. Measure them on the training data."
+            "`std` of the corpus, or this speech is of another kind than what they were measured on, such as of a "
+            "telephone. Measure them on the training data, or train on such speech."
         )
     return (
         "Its features differ, so it has collapsed itself: likely its learning rate is too high or its warm-up too "
