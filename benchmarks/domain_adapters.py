@@ -17,8 +17,8 @@ from benchmarks.results_file import store_result
 from publishing.report import format_table
 from training.launch import run_recipe
 
-OBJECTIVES = {"domain_adapter": ("task", "distill", "both"), "mlp": ("task", "distill", "both")}
-METHODS = ("domain_adapter", "mlp", "projector", "lora_projector", "lora_llm")
+OBJECTIVES = {"domain_adapter": ("task", "distill", "both"), "bottleneck": ("task", "distill", "both")}
+METHODS = ("domain_adapter", "bottleneck", "projector", "lora_projector", "lora_llm")
 ABLATIONS = {
     "domain_adapter, task": {},
     "no gate": {"use_gate": False},

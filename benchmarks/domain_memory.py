@@ -7,7 +7,7 @@ The model has the true shape and random weights, which are made on the device: 1
 wants a GPU of 80 GB; the second shows in a few minutes that everything runs. Each row is a process of its own, so that
 no peak holds what another row left behind.
 
-domain_adapter_*, mlp, projector, lora_*   the recipe's step, task objective: tower, projector, language model
+domain_adapter_*, bottleneck, projector, lora_*   the recipe's step, task objective: tower, projector, language model
 stock_lora_*                               `peft.get_peft_model` with the same LoRA, and the model's own `forward`
 distill_*                                  the recipe's step on pairs of clips: the tower alone is in memory
 """
@@ -60,8 +60,10 @@ DTYPES = ("bfloat16", "4bit")
 DEVICES = ("cuda", "cpu")
 
 ADAPTERS = {f"domain_adapter_{preset}": {"method": "domain_adapter", "preset": preset} for preset in PRESETS}
-ADAPTERS["mlp"] = {"method": "mlp"}
-OURS = ADAPTERS | {method: {"method": method} for method in METHODS if method not in ("domain_adapter", "mlp", "none")}
+ADAPTERS["bottleneck"] = {"method": "bottleneck"}
+OURS = ADAPTERS | {
+    method: {"method": method} for method in METHODS if method not in ("domain_adapter", "bottleneck", "none")
+}
 STOCK = {f"stock_{method}": {"method": method} for method in ("lora_projector", "lora_llm")}
 DISTILL = {f"distill_{name}": {"objective": "distill", "tower_only": True} | flags for name, flags in ADAPTERS.items()}
 # Name of a row to the recipe's flags.

@@ -12,7 +12,6 @@ import scipy.fft
 import scipy.signal
 import soundfile
 from datasets import Dataset
-from matplotlib.figure import Figure
 
 from .audio import SAMPLING_RATE, check_audio, read_audio
 from .code_digest import map_versioned
@@ -25,8 +24,6 @@ FADE_MS = 2  # in which a drop-out begins and ends
 CLICK_MS = 1  # duration of a speckle click
 PADDING_SECONDS = 0.5  # keeps the ringing of a clip's end out of its beginning
 MAX_OUTPUT_PEAK = 0.99
-WINDOW_SECONDS = 0.025  # of the spectrograms in a picture
-FLOOR_DB = -70  # of a picture, below its loudest point
 MAX_SNR_DB = 80
 
 
@@ -296,47 +293,12 @@ def _simulate_row(row: dict, index: int, *, sampling_rate: int, channel: LDVChan
     return {"samples": simulate_ldv(row["samples"], sampling_rate, channel=channel, seed=[seed, index])}
 
 
-def draw_pair(path: str | Path, samples: np.ndarray, heard: np.ndarray, sampling_rate: int) -> None:
-    """
-    Draws the spectrograms of a recording and of what the vibrometer hears into a PNG file, whole.
-
-    Args:
-        path: The picture.
-        samples: `(samples,)` from the microphone.
-        heard: `(samples,)` from the vibrometer.
-        sampling_rate: Of both in Hz.
-    """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    panels = figure.subplots(2, sharex=True, sharey=True)
-    window_samples = round(WINDOW_SECONDS * sampling_rate)
-    for axes, signal, title in zip(panels, (samples, heard), ("microphone", "vibrometer"), strict=True):
-        frequencies, seconds, power = scipy.signal.spectrogram(
-            signal, sampling_rate, nperseg=window_samples, noverlap=window_samples // 2
-        )
-        decibels = 10 * np.log10(power / power.max() + 10 ** (FLOOR_DB / 10))
-        mesh = axes.pcolormesh(seconds, frequencies / 1000, decibels, cmap="magma", vmin=FLOOR_DB, vmax=0)
-        axes.set_title(title, loc="left", fontsize=9)
-        axes.set_ylabel("kHz")
-    panels[-1].set_xlabel("seconds")
-    figure.colorbar(mesh, ax=panels, label="dB below the loudest")
-    _write_whole(Path(path), lambda scratch: figure.savefig(scratch, dpi=80))
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    path = path.resolve()  # a link stays
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    write(scratch)
-    os.replace(scratch, path)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Writes what a vibrometer would have heard of the recording named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.ldv", description=__doc__, allow_abbrev=False)
     parser.add_argument("recording", help="What a microphone recorded: wav, flac, ogg or mp3.")
     parser.add_argument("out", type=Path, help="The .wav to write, 16 bit at 16 kHz.")
     parser.add_argument("--seed", type=int, default=0, help="Determines all that is random.")
-    parser.add_argument("--picture", type=Path, help="A .png to write: the spectrograms of both.")
     for parameter in fields(LDVChannel):
         value_type = str if parameter.name == "ldv_surface" else float
         flag = f"--{parameter.name.removeprefix('ldv_')}"
@@ -344,18 +306,19 @@ def main(arguments: list[str] | None = None) -> None:
             flag, dest=parameter.name, type=value_type, default=parameter.default, help=parameter.metadata["help"]
         )
     options = parser.parse_args(arguments)
-    for path, suffix in ((options.out, ".wav"), (options.picture, ".png")):
-        if path is not None and path.suffix != suffix:
-            parser.error(f"`{path}` must end in {suffix}.")
+    if options.out.suffix != ".wav":
+        parser.error(f"`{options.out}` must end in .wav.")
     try:
         channel = LDVChannel(**{parameter.name: getattr(options, parameter.name) for parameter in fields(LDVChannel)})
         samples = read_audio(options.recording)
         heard = simulate_ldv(samples, SAMPLING_RATE, channel=channel, seed=options.seed)
     except ValueError as error:
         parser.error(str(error).replace("`ldv_", "`"))  # the flags here have no prefix
-    _write_whole(options.out, lambda scratch: soundfile.write(scratch, heard, SAMPLING_RATE, subtype="PCM_16"))
-    if options.picture:
-        draw_pair(options.picture, samples, heard, SAMPLING_RATE)
+    path = options.out.resolve()  # a link stays
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}")
+    soundfile.write(scratch, heard, SAMPLING_RATE, subtype="PCM_16")
+    os.replace(scratch, path)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def run_main(run_recipe_main, domain_bases, tmp_path):
         output_dir = output_dir or tmp_path / "out"
         run_recipe_main(
             main, "--model_name_or_path", domain_bases[family], "--dataset", dataset, "--preset", "lightweight",
-            "--ffn_size", 16, "--num_heads", 2, "--lora_rank", 2, "--mlp_hidden_size", 4, "--max_steps", 3,
+            "--ffn_size", 16, "--num_heads", 2, "--lora_rank", 2, "--bottleneck_size", 4, "--max_steps", 3,
             "--learning_rate", "1e-2", "--max_new_tokens", 4, "--cache_dir", tmp_path / "cache", "--logging_steps", 3,
             "--output_dir", output_dir, *flags,
         )  # fmt: skip
@@ -176,7 +176,7 @@ def test_distillation_needs_the_tower_alone_and_makes_features_more_alike(adapt_
 
 
 def test_a_distilled_adapter_is_measured_on_the_whole_model(adapt_domain):
-    results = read_results(adapt_domain("--objective", "distill", "--method", "mlp", "--num_channels", 2))
+    results = read_results(adapt_domain("--objective", "distill", "--method", "bottleneck", "--num_channels", 2))
     assert results.keys() >= RATES | {"ldv_feature_cosine_after"}
     assert results["microphone_wer_off"] == results["microphone_wer_before"]
 
@@ -307,7 +307,10 @@ def test_a_folder_with_another_adapter_is_refused(adapt_domain):
             {"objective": "distill", "method": "projector"},
             "`objective` distill trains what changes the tower's output",
         ),
-        ({"objective": "both", "method": "lora_llm"}, "domain_adapter and mlp, got lora_llm. Use `--objective task`"),
+        (
+            {"objective": "both", "method": "lora_llm"},
+            "domain_adapter and bottleneck, got lora_llm. Use `--objective task`",
+        ),
         ({"tower_only": True}, "`tower_only` needs `--objective distill`, got task"),
         ({"target_domain": "microphone"}, "`target_domain` must not be the source domain, got 'microphone'"),
         ({"num_channels": 0}, "`num_channels` must be at least 1, and 1 for recordings, got 0"),

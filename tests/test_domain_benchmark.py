@@ -136,10 +136,10 @@ def test_every_run_is_one_that_the_recipe_takes(table, tmp_path):
 def test_table_shows_what_was_measured_and_nothing_else():
     rates = {"ldv_wer_before": 0.5, "microphone_wer_before": 0.05}
     after = {"ldv_wer_after": 0.2, "gap_closed": 2 / 3, "microphone_wer_off": 0.05, "microphone_wer_on": 0.07}
-    rows = [{"row": "none", **rates}, {"row": "mlp, task", "trainable_parameters": 1234, **rates, **after}]
+    rows = [{"row": "none", **rates}, {"row": "bottleneck, task", "trainable_parameters": 1234, **rates, **after}]
     table = summarize("methods", rows).splitlines()
 
     assert [cell.strip() for cell in table[2].split("|")[1:-1]] == ["none", "", "50.0%", "", "", "5.0%", "", ""]
     assert [cell.strip() for cell in table[3].split("|")[1:-1]] == [
-        "mlp, task", "1,234", "50.0%", "20.0%", "66.7%", "5.0%", "5.0%", "7.0%",
+        "bottleneck, task", "1,234", "50.0%", "20.0%", "66.7%", "5.0%", "5.0%", "7.0%",
     ]  # fmt: skip

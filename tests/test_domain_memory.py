@@ -89,7 +89,7 @@ def test_4bit_model_has_quantised_maps_with_the_scale_of_random_weights(config):
 
 
 def test_distillation_has_the_tower_alone_in_memory(config):
-    objective, _ = make("distill_mlp", config)
+    objective, _ = make("distill_bottleneck", config)
     model = objective.adapted_model
     held = {name for name, value in model.named_parameters() if not value.is_meta}
     tower = {f"model.audio_tower.{name}" for name, _ in model.model.audio_tower.named_parameters()}
@@ -114,7 +114,7 @@ def test_stock_peft_and_ours_start_at_one_loss_and_train_as_much(config, stock, 
     assert sizes[0] == sizes[1] > 0
 
 
-@pytest.mark.parametrize("row", ["lora_llm", "domain_adapter_lightweight", "distill_mlp"])
+@pytest.mark.parametrize("row", ["lora_llm", "domain_adapter_lightweight", "distill_bottleneck"])
 def test_cached_batch_has_the_loss_of_its_audio(config, row):
     objective, batch = make(row, config)
     cached = take_from_cache(objective, batch)
@@ -126,7 +126,7 @@ def test_cached_batch_has_the_loss_of_its_audio(config, row):
     assert cached_loss == pytest.approx(audio_loss, rel=2e-3)
 
 
-@pytest.mark.parametrize("row", ["mlp", "projector", "lora_projector", "lora_llm"])
+@pytest.mark.parametrize("row", ["bottleneck", "projector", "lora_projector", "lora_llm"])
 def test_steps_on_4_bits_have_gradients_for_all_that_trains_and_leave_the_base(config, row):
     objective, batch = make(row, config, "4bit")
     frozen = {name: value for name, value in objective.named_parameters() if not value.requires_grad}
@@ -143,7 +143,7 @@ def test_steps_on_4_bits_have_gradients_for_all_that_trains_and_leave_the_base(c
 def test_measured_rows_count_tokens_and_parameters():
     flags = {"device": "cpu", "batch_size": 2, "seconds": 2, "num_steps": 1}
     whole, stock, tower = (
-        measure(row, "tiny", "bfloat16", **flags) for row in ("mlp", "stock_lora_llm", "distill_mlp")
+        measure(row, "tiny", "bfloat16", **flags) for row in ("bottleneck", "stock_lora_llm", "distill_bottleneck")
     )
 
     assert whole["tokens"] == stock["tokens"] == 2 * (24 + 50 + 32)  # 2 s are 200 features, 50 placeholders
@@ -155,7 +155,7 @@ def test_measured_rows_count_tokens_and_parameters():
 
 def test_table_divides_tokens_by_seconds_and_names_the_limit():
     row = {
-        "row": "distill_mlp", "dtype": "bfloat16", "device": "CPU", "batch_size": 4, "clip_seconds": 10.0,
+        "row": "distill_bottleneck", "dtype": "bfloat16", "device": "CPU", "batch_size": 4, "clip_seconds": 10.0,
         "tokens": 1000, "trainable_parameters": 33_216, "seconds": 0.5, "peak_bytes": 2.5e9, "cached_seconds": 0.25,
         "cached_peak_bytes": 1.5e9,
     }  # fmt: skip
@@ -163,7 +163,7 @@ def test_table_divides_tokens_by_seconds_and_names_the_limit():
     cells = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
 
     limit = "2.50 GB (limit 4.00 GB)"
-    assert cells == ["distill_mlp", "bfloat16", "33,216", limit, "2,000", "1.50 GB", "4,000"]
+    assert cells == ["distill_bottleneck", "bfloat16", "33,216", limit, "2,000", "1.50 GB", "4,000"]
     assert "CPU; 4 clips of 10 s a step" in table
     stock = {key: value for key, value in row.items() if "cached" not in key} | {"row": "stock_lora_llm"}
     cells = [cell.strip() for cell in summarize([stock]).splitlines()[2].strip("|").split("|")]
@@ -210,18 +210,20 @@ def test_numbers_below_one_are_refused(flag):
 
 
 def test_distillation_in_4_bits_is_nothing_to_measure():
-    with pytest.raises(ValueError, match="`dtypes` must have bfloat16 for distill_mlp, got 4bit"):
-        main([*TINY, "--rows", "distill_mlp", "--dtypes", "4bit"])
+    with pytest.raises(ValueError, match="`dtypes` must have bfloat16 for distill_bottleneck, got 4bit"):
+        main([*TINY, "--rows", "distill_bottleneck", "--dtypes", "4bit"])
 
 
 def test_failed_row_names_itself_and_its_cause(tmp_path):
-    with pytest.raises(RuntimeError, match="The row mlp in bfloat16 failed:\n(.|\n)*`seconds` must be from 1 to 10"):
-        main([*TINY, "--seconds", "11", "--rows", "mlp", "--results_folder", str(tmp_path)])
+    with pytest.raises(
+        RuntimeError, match="The row bottleneck in bfloat16 failed:\n(.|\n)*`seconds` must be from 1 to 10"
+    ):
+        main([*TINY, "--seconds", "11", "--rows", "bottleneck", "--results_folder", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
 
 def test_benchmark_stores_a_row_a_process(tmp_path, capsys):
-    rows = ["--rows", "lora_llm", "distill_mlp", "--dtypes", "4bit"]
+    rows = ["--rows", "lora_llm", "distill_bottleneck", "--dtypes", "4bit"]
     main([*TINY, *rows, "--results_folder", str(tmp_path)])
 
     stored = json.loads((tmp_path / "domain_memory_tiny_cpu.json").read_text())

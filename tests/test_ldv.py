@@ -10,8 +10,10 @@ import soundfile
 from datasets import Dataset, Features, List, Value
 
 from data.audio import AudioError, read_audio
-from data.ldv import DRIFT_HZ, SURFACES, LDVChannel, draw_pair, main, simulate_clips, simulate_ldv
+from data.ldv import DRIFT_HZ, SURFACES, LDVChannel, main, simulate_clips, simulate_ldv
 from data.synthesis import Voice, synthesize
+from publishing.ldv_pictures import draw_pair
+from publishing.ldv_pictures import main as draw_main
 from training.arguments import parse_arguments
 
 RATE = 16_000
@@ -324,7 +326,6 @@ def test_main_writes_what_simulate_ldv_gives(recording):
     [
         (["--surface", "curtain"], "`surface` must be one of glass, wall, paper_bag, got 'curtain'"),
         (["--high_cut_hz", "8000"], "`sampling_rate` must be above 16000 Hz, .* lower `high_cut_hz`"),
-        (["--picture", "pair.jpg"], "`pair.jpg` must end in .png"),
     ],
 )
 def test_main_refuses_bad_flags_in_the_user_s_words(recording, capsys, flags, message):  # noqa: ARG001
@@ -352,13 +353,27 @@ def test_draw_pair_shows_both(tmp_path, speech):
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["speech.wav", "speech.wav", "pair.jpg"], "`pair.jpg` must end in .png"),
+        (["speech.wav", "missing.wav", "pair.png"], "`missing.wav` must be a file"),
+    ],
+)
+def test_pictures_refuse_bad_files_in_the_user_s_words(recording, capsys, files, message):  # noqa: ARG001
+    with pytest.raises(SystemExit):
+        draw_main(files)
+    assert message in capsys.readouterr().err
+    assert not Path(files[-1]).exists()
+
+
 def test_the_document_s_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
     exec(block, {})
-    commands = [shlex.split(line) for line in re.findall(r"^python -m data\.ldv (.*)$", DOCUMENT, flags=re.MULTILINE)]
-    for command in commands:
-        main(command)
+    commands = re.findall(r"^python -m (data\.ldv|publishing\.ldv_pictures) (.*)$", DOCUMENT, flags=re.MULTILINE)
+    for module, words in commands:
+        {"data.ldv": main, "publishing.ldv_pictures": draw_main}[module](shlex.split(words))
     pictures = sorted(path.name for path in Path("docs/pictures").iterdir())
     assert pictures == sorted(f"ldv_{surface}.png" for surface in SURFACES)
     assert all(f"(pictures/{name})" in DOCUMENT for name in pictures)

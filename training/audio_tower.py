@@ -164,6 +164,6 @@ def find_tower_block(model: PreTrainedModel, adapter_name: str) -> nn.Module:
     if len(blocks) != 1:
         raise ValueError(
             f"The model must have one adapter {adapter_name!r} on its tower's output, got {len(blocks)}. Choose the "
-            "method domain_adapter or mlp."
+            "method domain_adapter or bottleneck."
         )
     return blocks[0]

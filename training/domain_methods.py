@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # The adapter's name inside the model; a domain's own name never becomes part of a path.
 ADAPTER_NAME = "domain"
 # Methods that change the tower's output, which is all that pairs of clips can teach.
-TOWER_METHODS = ("domain_adapter", "mlp")
+TOWER_METHODS = ("domain_adapter", "bottleneck")
 METHODS = (*TOWER_METHODS, "projector", "lora_projector", "lora_llm", "none")
 # LoRA's update is scaled by this; rank and factor then change apart.
 LORA_SCALE = 2
@@ -56,7 +56,7 @@ class DomainArguments:
     method: str = field(
         default="domain_adapter",
         metadata={
-            "help": "What trains: an adapter on the audio tower's output (domain_adapter, mlp), the projector or LoRA "
+            "help": "What trains: an adapter on the audio tower's output (domain_adapter, bottleneck), the projector or LoRA "
             "on it (Whisper: keys and values of the cross-attention), LoRA on the text's attention, or nothing.",
             "choices": list(METHODS),
         },
@@ -82,7 +82,7 @@ class DomainArguments:
     use_positions: bool | None = field(default=None, metadata={"help": "Domain adapter: adds positions to its input."})
     scale_init: float | None = field(default=None, metadata={"help": "Domain adapter: its scale before training."})
     adapter_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapter. Default: its own."})
-    mlp_hidden_size: int = field(default=256, metadata={"help": "Width inside the method mlp."})
+    bottleneck_size: int = field(default=256, metadata={"help": "Width inside the method bottleneck."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA methods."})
     prompt_language: str | None = field(
         default=None, metadata={"help": "Language code of the speech, such as en, for a multilingual Whisper."}
@@ -138,8 +138,8 @@ def make_method_config(arguments: DomainArguments, family: Family) -> PeftConfig
         sizes = ("preset", "num_layers", "num_heads", "ffn_size", "use_gate", "use_positions", "scale_init")
         sizes = {name: getattr(arguments, name) for name in sizes}
         return SpeechAdapterConfig(kind="transformer", dropout=dropout, **sizes)
-    if arguments.method == "mlp":
-        return SpeechAdapterConfig(kind="bottleneck", hidden_sizes=[arguments.mlp_hidden_size], dropout=dropout)
+    if arguments.method == "bottleneck":
+        return SpeechAdapterConfig(kind="bottleneck", hidden_sizes=[arguments.bottleneck_size], dropout=dropout)
     if arguments.method == "projector":
         # A linear map beside a linear map trains as the map itself, and the base stays as it is.
         return SpeechAdapterConfig(kind="mlp", hidden_sizes=[], target_modules=family.projector)
