@@ -63,6 +63,20 @@ def score_by_simuleval(folder: str, log_file: Path) -> dict[str, float]:
     return {name: scorers[name](computation_aware=False)(instances) for name in OF_SIMULEVAL}
 
 
+def summarize(rows: list[dict]) -> str:
+    """Returns the rows as a table."""
+    shown = [
+        {
+            **row,
+            "theirs": f"{row['theirs']:.4f}",
+            "ours": f"{row['ours']:.4f}",
+            "difference": f"{row['difference']:.0e}",
+        }
+        for row in rows
+    ]
+    return format_table(shown)
+
+
 def main() -> None:
     """Compares and stores the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,16 +97,7 @@ def main() -> None:
         for peer, scores in theirs.items()
         for name, value in scores.items()
     ]
-    shown = [
-        {
-            **row,
-            "theirs": f"{row['theirs']:.4f}",
-            "ours": f"{row['ours']:.4f}",
-            "difference": f"{row['difference']:.0e}",
-        }
-        for row in rows
-    ]
-    table = format_table(shown)
+    table = summarize(rows)
     print(table)
     store_result("latency", rows, table, source=__file__)
 

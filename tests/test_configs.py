@@ -20,6 +20,7 @@ RUNS = {
     "train_ctc_synthetic": (train_ctc, None, TINY_RECOGNIZER),
     "personalize_fsdd": (personalize, "small", ("--speaker_id", "ann", "--max_steps", 1)),
     "personalize_synthetic": (personalize, "small", ("--speaker_id", "ann", "ben", "--max_steps", 1)),
+    "personalize_whisper": (personalize, "whisper", ("--speaker_id", "ann", "--max_steps", 1, "--language", "en")),
     "adapt_domain_fsdd": (adapt_domain, "whisper", TINY_ADAPTER),
     "adapt_domain_qwen2_audio": (adapt_domain, "qwen2_audio", (*TINY_ADAPTER, "--simulate_domain", "ldv")),
     "train_s2st_synthetic": (train_s2st, None, TINY_TRANSLATOR),
