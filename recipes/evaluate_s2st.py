@@ -61,7 +61,7 @@ class EvaluateTranslationArguments:
     )
 
 
-def load_translations(
+def load_scored_rows(
     arguments: EvaluateTranslationArguments, model: PreTrainedModel, processor: ProcessorMixin
 ) -> TranslationUtterances:
     """Returns the utterances that `arguments` name."""
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Data
-    dataset = load_translations(arguments, model, processor)
+    dataset = load_scored_rows(arguments, model, processor)
 
     # Evaluate
     states = {"unadapted": adapters_off(model), "adapted": nullcontext()} if adapters else {"model": nullcontext()}
