@@ -56,8 +56,8 @@ class DomainArguments:
     method: str = field(
         default="domain_adapter",
         metadata={
-            "help": "What trains: an adapter on the audio tower's output (domain_adapter, bottleneck), the projector or "
-            "LoRA on it (Whisper: keys and values of the cross-attention), LoRA on the text's attention, or nothing.",
+            "help": "What trains: an adapter on the audio tower's output (domain_adapter, bottleneck), the projector "
+            "or LoRA on it (Whisper: keys and values of the cross-attention), LoRA on the text's attention, nothing.",
             "choices": list(METHODS),
         },
     )
