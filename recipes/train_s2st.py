@@ -75,12 +75,15 @@ def train(
 
     # Data
     build = partial(build_translation_data, corpus_args, model, processor, seed=training_args.seed)
-    train_dataset, eval_dataset = build(train_corpus, augmentation), build(eval_corpus, None)
+    train_dataset = build(train_corpus, augmentation) if start_args.trains else None
+    eval_dataset = build(eval_corpus, None)
 
     # Trainer
     batch_size = training_args.per_device_eval_batch_size
     trainer = S2STTrainer(
-        model=make_translation_objective(model, translation_args, train_dataset, seed=training_args.seed),
+        model=make_translation_objective(
+            model, translation_args, train_dataset or eval_dataset, seed=training_args.seed
+        ),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -95,7 +98,7 @@ def train(
 
     # Train
     runtime = None
-    if start_args.start != "evaluate":
+    if start_args.trains:
         report.write(training_args.output_dir)  # a run that is resumed learns how it began
         output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         runtime = output.metrics["train_runtime"]

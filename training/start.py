@@ -90,6 +90,11 @@ class StartArguments:
             )
 
     @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return self.start != "evaluate"
+
+    @property
     def fields(self) -> dict[str, object]:
         """
         The configuration's fields that the user gives.

@@ -354,7 +354,7 @@ def make_translation_objective(
 def collect_translation_results(
     model: EchoStreamForSpeechToSpeechTranslation,
     metrics: Mapping[str, float],
-    dataset: TranslationUtterances,
+    dataset: TranslationUtterances | None,
     runtime: float | None,
     caution: str | None,
 ) -> dict:
@@ -364,15 +364,15 @@ def collect_translation_results(
     Args:
         model: The trained model.
         metrics: Of the last evaluation.
-        dataset: What was trained on.
+        dataset: What was trained on, if anything was.
         runtime: Seconds of training; None without one.
         caution: What the card says of data that is both trained and evaluated on.
     """
     is_timing = ("runtime", "per_second", "epoch")
     results = {name: value for name, value in metrics.items() if not name.endswith(is_timing)}
     results |= {"trainable_parameters": model.count_parameters(trainable_only=True)["total"]}
-    results |= {"total_parameters": model.count_parameters()["total"], "num_train_clips": len(dataset)}
-    results |= {"train_seconds": round(dataset.seconds, 2), "train_runtime": runtime or 0.0}
+    results |= {"total_parameters": model.count_parameters()["total"], "num_train_clips": len(dataset or ())}
+    results |= {"train_seconds": round(dataset.seconds, 2) if dataset else 0.0, "train_runtime": runtime or 0.0}
     return results | ({"caution": caution} if caution else {})
 
 
