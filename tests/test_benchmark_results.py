@@ -11,6 +11,7 @@ from readme import README
 from benchmarks import (
     cache_precision,
     domain_adapters,
+    emformer,
     features,
     latency,
     personal_training,
@@ -25,6 +26,7 @@ SUMMARIES = {
     "cache_precision_fsdd": cache_precision.summarize,
     "domain_adapters_ablations": partial(domain_adapters.summarize, "ablations"),
     "domain_adapters_methods": partial(domain_adapters.summarize, "methods"),
+    "emformer": emformer.summarize,
     "features": features.summarize,
     "latency": latency.summarize,
     "personalization_fsdd": personalization.summarize,
