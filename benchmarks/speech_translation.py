@@ -100,7 +100,7 @@ def translate_with_echostream(
 @torch.inference_mode()
 def translate_with_whisper(name: str, corpus: Dataset) -> list[tuple[str, str]]:
     """Returns transcript and translation of each clip by a Whisper that knows several languages."""
-    model = WhisperForConditionalGeneration.from_pretrained(name).eval()
+    model = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(name)
     rows = []
     for audio in tqdm(corpus["audio"], desc=name, unit="clip"):
