@@ -124,6 +124,13 @@ def score_rows(rows: Sequence[tuple[str, str]], corpus: Dataset, normalize: Call
     return {"WER %": 100 * wer, "BLEU": scores["bleu"], "chrF": scores["chrf"]}
 
 
+def summarize(rows: list[dict]) -> str:
+    """Returns the rows as a table."""
+    return format_table(
+        [{name: f"{value:.1f}" if isinstance(value, float) else value for name, value in row.items()} for row in rows]
+    )
+
+
 def main() -> None:
     """Measures and stores the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,9 +154,7 @@ def main() -> None:
     rows = [
         {"system": name, "clips": len(said), **score_rows(said, corpus, normalize)} for name, said in systems.items()
     ]
-    table = format_table(
-        [{name: f"{value:.1f}" if isinstance(value, float) else value for name, value in row.items()} for row in rows]
-    )
+    table = summarize(rows)
     print(table)
     store_result("speech_translation", rows, table, source=__file__)
 

@@ -18,6 +18,7 @@ from benchmarks import (
     personalization,
     robustness,
     serving,
+    speech_translation,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,7 @@ SUMMARIES = {
     "emformer": emformer.summarize,
     "features": features.summarize,
     "latency": latency.summarize,
+    "speech_translation": speech_translation.summarize,
     "personalization_fsdd": personalization.summarize,
     "robustness_fsdd": robustness.summarize,
     "robustness_synthetic": robustness.summarize,
