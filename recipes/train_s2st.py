@@ -13,6 +13,7 @@ from data.augmentation import Augmentation
 from data.overlap import describe_overlap
 from data.translation_utterances import TranslationCollator
 from inference.translation_scoring import evaluate_translations
+from modeling import EchoStreamForSpeechToSpeechTranslation
 from publishing.card import CardArguments
 from publishing.hub import push_folder, take_hub_target
 from publishing.report import print_results
@@ -32,11 +33,17 @@ from training.translation import (
     describe_translation_run,
     load_translations,
     make_translation_objective,
+    plan_translation_model,
     save_translation_outcome,
     start_model,
 )
 
 ARGUMENTS = TRANSLATION_ARGUMENTS
+
+
+def plan_model(arguments: tuple) -> EchoStreamForSpeechToSpeechTranslation:
+    """Returns the model that such a run trains, made of configurations, without weights of a file."""
+    return plan_translation_model(*arguments[:2])
 
 
 def main() -> None:

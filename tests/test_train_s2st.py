@@ -11,7 +11,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from modeling import EchoStreamForSpeechToSpeechTranslation, EchoStreamProcessor
 from modeling.adapters import adapters_off, is_adapter_parameter
-from recipes.train_s2st import main
+from recipes.train_s2st import main, plan_model
 from tests.translation_models import TINY_FIELDS, make_translation_batch, write_translation_corpus
 from training.start import StartArguments
 from training.translation import (
@@ -94,6 +94,25 @@ def test_a_run_that_has_collapsed_ends_after_as_many_alarms_as_asked_for(corpus,
     with patch("training.health.MAX_BLANK_SHARE", -1.0):
         _run(corpus, tmp_path, *TINY, *flags, "--stop_on_collapse", "--collapse_patience", 2)
     assert trained_steps == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_a_plan_has_the_parameters_of_the_run(trained, kind):
+    start = StartArguments(start="transfer", checkpoint=str(trained))
+    arguments = (start, TranslationArguments(adapter_kind=kind, adapter_size=2))
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(trained)
+    if kind == "lora":
+        add_translation_adapter(model, arguments[1], str(trained))
+    with torch.device("meta"):
+        planned = plan_model(arguments)
+    assert planned.count_parameters() == model.count_parameters()
+    assert planned.count_parameters(trainable_only=True) == model.count_parameters(trainable_only=True)
+
+
+def test_a_plan_of_a_new_model_has_vocabularies_of_the_size_asked_for():
+    with torch.device("meta"):
+        planned = plan_model((StartArguments(vocab_size=70, num_units=20), TranslationArguments()))
+    assert (planned.config.source_vocab_size, planned.config.vocab_size, planned.config.num_units) == (70, 70, 20)
 
 
 def test_nothing_to_resume_is_refused(corpus, tmp_path):

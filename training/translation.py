@@ -270,6 +270,21 @@ def start_model(
     return model, processor, report
 
 
+def plan_translation_model(
+    start_args: StartArguments, translation_args: TranslationArguments
+) -> EchoStreamForSpeechToSpeechTranslation:
+    """Returns the model that such a run trains, made of configurations; vocabularies have the size asked for."""
+    checkpoint = read_checkpoint(start_args.checkpoint) if start_args.checkpoint else None
+    known = checkpoint.config if checkpoint is not None and checkpoint.is_whole else None
+    sizes = {name: getattr(known, name, start_args.vocab_size) for name in ("source_vocab_size", "vocab_size")}
+    config = make_translation_config(start_args, checkpoint, num_units=start_args.num_units, **sizes)
+    model = EchoStreamForSpeechToSpeechTranslation(config)
+    if translation_args.has_adapter:
+        model.add_adapter(make_adapter_config(translation_args), ADAPTER_NAME)
+        model.freeze_base_model()
+    return model
+
+
 def make_label_space(config: EchoStreamConfig) -> LabelSpace:
     """Returns what labels a model has room for."""
     return LabelSpace(
