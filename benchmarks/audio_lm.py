@@ -28,13 +28,13 @@ from training.launch import run_recipe
 CONFIG = "train_audio_lm_barista"
 TASK = {"response_column": "slots", "response_format": "json", "instruction": "Order as JSON."}
 ALIGN = {"objective": "align", "num_train_epochs": 14, "projector_lr": 4e-4}
-ANSWER = {"num_train_epochs": 2, "projector_lr": 1e-4}
-# The second stage of each row, and where it begins.
+PROJECTOR_LR = 1e-4  # in the second stage
+# What trains in the second stage of each row.
 ROWS = {
-    "projector alone": {},
-    "+ LLM LoRA": {"llm_mode": "lora", "llm_lr": 1e-3},
-    "+ encoder LoRA": {"llm_mode": "lora", "llm_lr": 1e-3, "encoder_mode": "lora", "encoder_lr": 1e-4},
-    "QLoRA": {"llm_mode": "qlora", "llm_lr": 1e-3},
+    "projector alone": {"projector_lr": 3e-4},
+    "+ LLM LoRA": {"llm_mode": "lora", "llm_lr": 1.5e-3},
+    "+ encoder LoRA": {"llm_mode": "lora", "llm_lr": 1.5e-3, "encoder_mode": "lora", "encoder_lr": 1e-4},
+    "QLoRA": {"llm_mode": "qlora", "llm_lr": 1.5e-3},
     "full LLM": {"llm_mode": "full", "llm_lr": 1e-4},
 }
 SHOTS = 4
@@ -61,7 +61,9 @@ def train(arguments: argparse.Namespace, name: str, *, stages: Sequence[Mapping]
             output_dir=output,
             stages=[json.dumps(stage) for stage in stages],
             resume_from_checkpoint=True,
-            save_strategy="epoch",
+            save_strategy="steps",
+            save_steps=25,
+            per_device_eval_batch_size=32,
             cache_dir=arguments.output_dir / "cache",
             **flags,
         )
@@ -71,12 +73,13 @@ def train(arguments: argparse.Namespace, name: str, *, stages: Sequence[Mapping]
 def measure_rows(arguments: argparse.Namespace, words: Path, names: Sequence[str]) -> list[dict]:
     """Returns the rows of the audio language model and of its examples in the prompt."""
     sides = {"encoder": arguments.encoder, "language_model": arguments.language_model}
-    aligned = train(arguments, "aligned", stages=[ALIGN], eval_split="", transcripts=words, **sides)
+    options = {"eval_split": "", "transcripts": words, "per_device_train_batch_size": 8}
+    aligned = train(arguments, "aligned", stages=[ALIGN], **options, **sides)
     rows = []
     for name, modes in ROWS.items():
         if name not in names:
             continue
-        own = ANSWER | modes
+        own = {"num_train_epochs": arguments.epochs, "projector_lr": PROJECTOR_LR} | modes
         if modes.get("llm_mode") == "qlora":  # its language model is another, in 4 bits from the start
             output = train(arguments, name, stages=[ALIGN, own], transcripts=words, **sides)
         else:
@@ -111,7 +114,7 @@ def measure_cascades(arguments: argparse.Namespace, words: Path, names: Sequence
         write_text(chats, "".join(_write_chat(split, c, texts) for split, part in splits.items() for c in part))
         output = train(
             argparse.Namespace(**{**vars(arguments), "dataset": chats}), CASCADES[0],
-            stages=[{**ANSWER, "llm_mode": "lora", "llm_lr": 1e-3, "projector_mode": "frozen"}],
+            stages=[{**ROWS["+ LLM LoRA"], "num_train_epochs": arguments.epochs, "projector_mode": "frozen"}],
             encoder=arguments.encoder, language_model=arguments.language_model, response_column="",
         )  # fmt: skip
         rows.append({"row": CASCADES[0], **read_json(output / "eval_results.json")})
@@ -168,7 +171,7 @@ def match_slots(text: str, lexicon: Sequence[tuple[str, str]]) -> dict[str, str]
     return found
 
 
-def summarize(rows: Sequence[Mapping]) -> str:
+def summarize(rows: Sequence[Mapping], *, epochs: float) -> str:
     """Returns the table of the documentation, with the published figures below."""
     columns: dict[str, Callable[[Mapping], str]] = {
         "": lambda row: row["row"],
@@ -181,7 +184,8 @@ def summarize(rows: Sequence[Mapping]) -> str:
     }
     table = format_table([{name: cell(row) for name, cell in columns.items()} for row in rows])
     published = ", ".join(f"{name} {rate:.1%}" for name, rate in PUBLISHED.items())
-    return f"{table}\n\nWhole command understood, as published, at 24 dB of noise: {published}."
+    passes = f"Answers were learned for {epochs:g} passes over the 356 training orders; tested on 97 others."
+    return f"{table}\n\n{passes} Whole command understood, as published, at 24 dB of noise: {published}."
 
 
 def main() -> None:
@@ -192,13 +196,14 @@ def main() -> None:
     parser.add_argument("--language_model", required=True, help="Causal language model: a folder or a Hub name.")
     parser.add_argument("--dataset", required=True, help="Folder of the spoken commands.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where models and transcripts go.")
+    parser.add_argument("--epochs", type=float, default=2.0, help="Passes over the orders in the second stage.")
     parser.add_argument("--rows", nargs="+", choices=choices, default=choices, help="What to measure.")
     arguments = parser.parse_args()
     words = arguments.output_dir / "words.jsonl"
     write_words(arguments.encoder, arguments.dataset, words, language="en", splits=["train", "test"])
     rows = measure_rows(arguments, words, arguments.rows) if {*ROWS, "examples"} & set(arguments.rows) else []
     rows += measure_cascades(arguments, words, arguments.rows)
-    table = summarize(rows)
+    table = summarize(rows, epochs=arguments.epochs)
     print(table)
     kept = [
         {key: value for key, value in row.items() if key not in ("run", "heard", "eval_answers_read")} for row in rows

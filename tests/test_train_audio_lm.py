@@ -112,6 +112,10 @@ def test_a_cache_belongs_to_the_encoders_weights(model, dataset, processor, tmp_
     options = {"folder": tmp_path, "dtype": "float32", "batch_size": 8}
     first = cache_encoder(model, dataset.windows, processor, **options)
     assert cache_encoder(model, dataset.windows, processor, **options).path == first.path
+    # A bundle's processor, which says where its code is, hears the same.
+    processor.save_pretrained(tmp_path / "processor")
+    saved = AutoProcessor.from_pretrained(tmp_path / "processor")
+    assert cache_encoder(model, dataset.windows, saved, **options).path == first.path
     model.model.audio_tower.layer_norm.weight.data[0] += 1
     assert cache_encoder(model, dataset.windows, processor, **options).path != first.path
 

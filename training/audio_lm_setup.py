@@ -338,6 +338,12 @@ def _encode(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tuple[
     return {"states": states.float()}, num_frames
 
 
+def describe_extractor(extractor) -> dict[str, object]:
+    """Returns the settings of a feature extractor, without what a saved bundle adds: where its code is."""
+    settings = json.loads(extractor.to_json_string())
+    return {name: value for name, value in settings.items() if name not in ("auto_map", "processor_class")}
+
+
 def cache_encoder(
     model: PreTrainedModel,
     windows: ClipWindows,
@@ -365,7 +371,7 @@ def cache_encoder(
         "encoder": digest_tensors(dict(tower.state_dict())),
         "layer": model.config.encoder_layer,
         "model_code": digest_code(model, tower, processor),
-        "extractor": json.loads(processor.feature_extractor.to_json_string()),
+        "extractor": describe_extractor(processor.feature_extractor),
         "max_seconds": processor.max_seconds,
     }
     with PartialState().local_main_process_first():
@@ -389,6 +395,7 @@ __all__ = [
     "Stage",
     "StageData",
     "cache_encoder",
+    "describe_extractor",
     "describe_stage",
     "enter_stage",
     "list_stages",
