@@ -7,6 +7,7 @@ Llama-3.1-8B. Activations come on top, and depend on the batch; `recipes/plan.py
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, WhisperConfig
@@ -75,13 +76,9 @@ def measure(pair: str, name: str) -> dict[str, object]:
     return row | {"sum": row["weights"] + row["gradients"] + row["optimizer"]}
 
 
-def main() -> None:
-    """Runs on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS), help="Models to count.")
-    arguments = parser.parse_args()
-    rows = [measure(pair, name) for pair in arguments.pairs for name in MODES]
-    table = format_table(
+def summarize(rows: Sequence[Mapping]) -> str:
+    """Returns the table of the documentation."""
+    return format_table(
         [
             {
                 "encoder, language model": f"{row['pair']} ({row['precision']})",
@@ -92,6 +89,15 @@ def main() -> None:
             for row in rows
         ]
     )
+
+
+def main() -> None:
+    """Runs on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS), help="Models to count.")
+    arguments = parser.parse_args()
+    rows = [measure(pair, name) for pair in arguments.pairs for name in MODES]
+    table = summarize(rows)
     print(table)
     store_result("audio_lm_memory", rows, table, source=__file__)
 

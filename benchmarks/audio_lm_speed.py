@@ -11,6 +11,7 @@ may use the machine.
 
 import argparse
 import time
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -79,6 +80,22 @@ def run_alone(
     return loss
 
 
+def summarize(rows: Sequence[Mapping]) -> str:
+    """Returns the table of the documentation."""
+    return format_table(
+        [
+            {
+                "trains": row["row"],
+                "tokens": str(row["tokens"]),
+                "our step": f"{row['step_s']:.2f} s",
+                "language model's own": f"{row['language_model_s']:.2f} s",
+                f"ratio (goal {GOAL})": f"{row['ratio']:.2f}",
+            }
+            for row in rows
+        ]
+    )
+
+
 def main() -> None:
     """Runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,18 +109,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = [measure(arguments, name) for name in MODES]
-    table = format_table(
-        [
-            {
-                "trains": row["row"],
-                "tokens": str(row["tokens"]),
-                "our step": f"{row['step_s']:.2f} s",
-                "language model's own": f"{row['language_model_s']:.2f} s",
-                f"ratio (goal {GOAL})": f"{row['ratio']:.2f}",
-            }
-            for row in rows
-        ]
-    )
+    table = summarize(rows)
     print(table)
     store_result("audio_lm_speed", rows, table, source=__file__)
 

@@ -55,12 +55,12 @@ def test_a_value_is_matched_once_and_the_longest_first():
 
 def test_the_table_has_a_line_a_row_and_the_published_figures():
     scores = {"eval_exact_match": 0.5, "eval_slot_f1": 0.75, "eval_unparsable": 2}
-    facts = {"trainable_parameters": 1234, "peak_bytes": 2**30, "train_runtime": 90.0}
+    facts = {"trainable_parameters": 1234, "peak_bytes": 2**30, "train_runtime": 90.0, "epochs": 2.0}
     rows = [{"row": name, **scores, **facts} for name in ROWS] + [{"row": "x", **scores}]
-    lines = summarize(rows, epochs=2).split("\n")
+    lines = summarize(rows).split("\n")
     assert len(lines) == 2 + len(rows) + 2
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    assert cells == ["projector alone", "1,234", "1.0 GiB", "1.5", "50.0%", "75.0%", "2"]
+    assert cells == ["projector alone", "1,234", "1.0 GiB", "2", "1.5", "50.0%", "75.0%", "2"]
     assert lines[-1].endswith("Google Dialogflow 82.5%, IBM Watson 96.0%, Microsoft LUIS 93.0%, Rhino 99.0%.")
 
 

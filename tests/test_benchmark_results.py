@@ -9,6 +9,9 @@ import pytest
 from readme import README
 
 from benchmarks import (
+    audio_lm,
+    audio_lm_memory,
+    audio_lm_speed,
     cache_precision,
     domain_adapters,
     emformer,
@@ -24,6 +27,9 @@ from benchmarks import (
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SUMMARIES = {
+    "audio_lm_barista": audio_lm.summarize,
+    "audio_lm_memory": audio_lm_memory.summarize,
+    "audio_lm_speed": audio_lm_speed.summarize,
     "cache_precision_fsdd": cache_precision.summarize,
     "domain_adapters_ablations": partial(domain_adapters.summarize, "ablations"),
     "domain_adapters_methods": partial(domain_adapters.summarize, "methods"),
