@@ -503,4 +503,4 @@ def test_a_plan_of_qlora_counts_weights_in_4_bits_and_the_same_lora(audio_lm_bas
     linear = "model.language_model.layers.0.mlp.up_proj.base_layer.weight"
     sizes = [bytes_of(dict(model.named_parameters())[linear]) for model in (half, small)]
     assert sizes[0] == 4 * 64 * 32
-    assert sizes[1] < sizes[0] / 6
+    assert sizes[1] < sizes[0] / 3  # half a byte a value, and what so small a matrix needs beside
