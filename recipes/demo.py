@@ -6,15 +6,38 @@ make demo
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from data.corpora import load_corpus
+from data.speakers import select_speakers
 from data.synthesis import UNUSUAL_VOICES
+from inference.recognizers import open_recognizer
+from modeling.adapters import BASE
 from modeling.files import write_whole
 from publishing.report import RESULTS_NAME, draw_speakers, format_table
 from training.endings import run_main
 from training.launch import run_recipe
 
 MAX_TRAIN_SECONDS = 40
+NUM_SENTENCES = 3
+
+
+@dataclass(frozen=True)
+class Heard:
+    """
+    A sentence of a speaker.
+
+    Args:
+        said: What was said.
+        before: What the base heard.
+        now: What it hears with the speaker's adapter.
+    """
+
+    said: str
+    before: str
+    now: str
 
 
 def describe_row(results: dict) -> dict[str, str]:
@@ -33,8 +56,47 @@ def describe_row(results: dict) -> dict[str, str]:
     }
 
 
+def hear_sentences(base: Path, adapters: dict[str, Path]) -> dict[str, list[Heard]]:
+    """
+    Returns the test sentences of each speaker as the base hears them without and with the speaker's adapter.
+
+    Args:
+        base: Folder of the recogniser.
+        adapters: Speaker to the folder of the adapter.
+    """
+    recognizer = open_recognizer(str(base), {name: str(folder) for name, folder in adapters.items()})
+    corpus = load_corpus("synthetic", split="test", required_columns=("audio", "text", "speaker_id"))
+    heard = {}
+    for speaker in adapters:
+        rows = select_speakers(corpus, [speaker])
+        clips, texts = [row["path"] for row in rows["audio"]], rows["text"]
+        before, now = (
+            [transcript.text for transcript in recognizer.transcribe(clips, adapter_names=[name] * len(clips))]
+            for name in (BASE, speaker)
+        )
+        heard[speaker] = [Heard(*sentence) for sentence in zip(texts, before, now, strict=True)]
+    return heard
+
+
+def choose_sentences(heard: Sequence[Heard]) -> list[Heard]:
+    """Returns the first sentences that the base misheard, whatever the adapter makes of them, and then others."""
+    return sorted(heard, key=lambda sentence: sentence.before == sentence.said)[:NUM_SENTENCES]
+
+
+def format_sentences(heard: dict[str, list[Heard]]) -> str:
+    """Returns a few sentences of each speaker: what was said, what the base heard, what it hears now."""
+    blocks = []
+    for speaker, sentences in heard.items():
+        blocks.append(f"{speaker}:")
+        blocks += [
+            f"  said    {sentence.said}\n  before  {sentence.before}\n  now     {sentence.now}"
+            for sentence in choose_sentences(sentences)
+        ]
+    return "\n\n".join(blocks)
+
+
 def main() -> None:
-    """Trains the base, adapts it to each unusual voice, and prints and writes the table."""
+    """Trains the base, adapts it to each unusual voice, and prints and writes what it hears before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="A folder that does not exist yet.")
     folder = parser.parse_args().output_dir
@@ -60,12 +122,13 @@ def main() -> None:
         )
         rows.append(json.loads((output_dir / RESULTS_NAME).read_text(encoding="utf-8")))
 
-    # Table and picture
+    # Sentences, table and picture
+    sentences = format_sentences(hear_sentences(folder / "base", {speaker: folder / speaker for speaker in speakers}))
     table = format_table([describe_row(row) for row in rows])
     draw_speakers(folder / "results.png", rows)
     with write_whole(folder) as scratch:
-        (scratch / "results.md").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{table}\n\nTable and picture: {folder}/results.md, {folder}/results.png")
+        (scratch / "results.md").write_text(f"{table}\n\n```\n{sentences}\n```\n", encoding="utf-8")
+    print(f"\n{sentences}\n\n{table}\n\nSentences, table and picture: {folder}/results.md, {folder}/results.png")
     print(f"The whole run took {(time.perf_counter() - start) / 60:.1f} minutes.")
 
 
