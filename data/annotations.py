@@ -187,7 +187,8 @@ def _report(texts: Sequence[str], style: str, name: str) -> None:
     pairs = {text: strip_annotations(text, style) for text in texts}
     shown = sorted(pairs, key=lambda text: pairs[text] == text)[:NUM_EXAMPLES]  # what is changed comes first
     lines = [f"  {text!r}" + (f" -> {pairs[text]!r}" if pairs[text] != text else "") for text in shown]
-    print(f"Transcripts of {name} are read as `{style}`:", *lines, sep="\n", file=sys.stderr)
+    if logger.isEnabledFor(logging.WARNING):
+        print(f"Transcripts of {name} are read as `{style}`:", *lines, sep="\n", file=sys.stderr)
     for like, examples in find_styles(texts, style).items():
         logger.warning(
             "%d of %d transcripts in %s look like `%s` and are read as `%s`, so that their marks become words: %s. "

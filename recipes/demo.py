@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from data.corpora import load_corpus
 from data.speakers import select_speakers
-from data.synthesis import UNUSUAL_VOICES
+from data.synthesis import ORDINARY_VOICES, UNUSUAL_VOICES
 from inference.recognizers import open_recognizer
 from modeling.adapters import BASE
 from modeling.files import write_whole
@@ -20,6 +22,7 @@ from publishing.report import RESULTS_NAME, draw_speakers, format_table
 from training.endings import run_main
 from training.launch import run_recipe
 
+DATASET = "synthetic"
 MAX_TRAIN_SECONDS = 40
 NUM_SENTENCES = 3
 
@@ -56,16 +59,18 @@ def describe_row(results: dict) -> dict[str, str]:
     }
 
 
-def hear_sentences(base: Path, adapters: dict[str, Path]) -> dict[str, list[Heard]]:
+def hear_sentences(base: Path, adapters: dict[str, Path], *, dataset: str = DATASET) -> dict[str, list[Heard]]:
     """
     Returns the test sentences of each speaker as the base hears them without and with the speaker's adapter.
 
     Args:
         base: Folder of the recogniser.
         adapters: Speaker to the folder of the adapter.
+        dataset: Corpus of the speakers.
     """
+    disable_progress_bar()
     recognizer = open_recognizer(str(base), {name: str(folder) for name, folder in adapters.items()})
-    corpus = load_corpus("synthetic", split="test", required_columns=("audio", "text", "speaker_id"))
+    corpus = load_corpus(dataset, split="test", required_columns=("audio", "text", "speaker_id"))
     heard = {}
     for speaker in adapters:
         rows = select_speakers(corpus, [speaker])
@@ -78,7 +83,7 @@ def hear_sentences(base: Path, adapters: dict[str, Path]) -> dict[str, list[Hear
     return heard
 
 
-def choose_sentences(heard: Sequence[Heard]) -> list[Heard]:
+def pick_misheard(heard: Sequence[Heard]) -> list[Heard]:
     """Returns the first sentences that the base misheard, whatever the adapter makes of them, and then others."""
     return sorted(heard, key=lambda sentence: sentence.before == sentence.said)[:NUM_SENTENCES]
 
@@ -90,7 +95,7 @@ def format_sentences(heard: dict[str, list[Heard]]) -> str:
         blocks.append(f"{speaker}:")
         blocks += [
             f"  said    {sentence.said}\n  before  {sentence.before}\n  now     {sentence.now}"
-            for sentence in choose_sentences(sentences)
+            for sentence in pick_misheard(sentences)
         ]
     return "\n\n".join(blocks)
 
@@ -106,15 +111,24 @@ def main() -> None:
     speakers = [voice.speaker_id for voice in UNUSUAL_VOICES]
 
     # A recogniser of ordinary voices
-    run_recipe("train_ctc", config="train_ctc_synthetic", exclude_speakers=speakers, output_dir=folder / "base")
+    print(f"A recogniser learns {len(ORDINARY_VOICES)} ordinary voices.", flush=True)
+    run_recipe(
+        "train_ctc",
+        config="train_ctc_synthetic",
+        is_quiet=True,
+        exclude_speakers=speakers,
+        output_dir=folder / "base",
+    )
 
     # An adapter for each unusual voice
     rows = []
     for speaker in speakers:
         output_dir = folder / speaker
+        print(f"\nAn adapter learns the {speaker} from {MAX_TRAIN_SECONDS} s of speech.", flush=True)
         run_recipe(
             "personalize",
             config="personalize_synthetic",
+            is_quiet=True,
             model_name_or_path=folder / "base",
             speaker_id=speaker,
             max_train_seconds=MAX_TRAIN_SECONDS,

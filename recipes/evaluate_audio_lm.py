@@ -20,6 +20,7 @@ from publishing.report import print_results
 from training.arguments import parse_arguments
 from training.audio_lm_results import answer_split, list_answers, probe_silence
 from training.audio_lm_setup import InstructionArguments, read_options
+from training.endings import run_main
 
 
 @dataclass
@@ -87,4 +88,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,6 +27,7 @@ from training.audio_lm_setup import (
     load_audio_lm,
 )
 from training.audio_lm_trainer import AudioLMTrainingArguments, train_stage
+from training.endings import run_main
 from training.output_folder import check_output_dir, claim_output_dir
 
 ARGUMENTS = (AudioLMArguments, InstructionArguments, CardArguments, AudioLMTrainingArguments)
@@ -127,4 +128,4 @@ def train_stages(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

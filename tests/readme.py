@@ -1,15 +1,19 @@
-"""README's commands and examples, for the tests that run them."""
+"""Commands and examples of README and of the pages behind it, for the tests that run them."""
 
 import re
 import shlex
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+FIRST_PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
+# Where README's commands, examples and figures went that are too many for a first page.
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("recipes", "data", "hub", "numbers")]
+README = "\n".join([FIRST_PAGE, *(page.read_text(encoding="utf-8") for page in PAGES)])
 
 
-def find_commands(part: str = "") -> list[list[str]]:
-    """Returns the tokens of every command in README's bash blocks that contains `part`."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+def find_commands(part: str = "", *, text: str = README) -> list[list[str]]:
+    """Returns the tokens of every command in the bash blocks of `text` that contains `part`."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
     lines = blocks.replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.strip() and not line.startswith("#") and part in line]
 
@@ -34,7 +38,7 @@ def find_arguments(part: str, **replacements: object) -> list[str]:
     return arguments
 
 
-def find_example(part: str) -> str:
-    """Returns README's only Python block that contains `part`."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if part in block]
+def find_example(part: str, *, text: str = README) -> str:
+    """Returns the only Python block of `text` that contains `part`."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if part in block]
     return block

@@ -1,12 +1,13 @@
 """A YAML file and flags mean the same, flags win, and what is misspelt is refused with what was meant."""
 
+import logging
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
-from training.arguments import parse_arguments
+from training.arguments import ROOMS, parse_arguments
 from training.corpus_arguments import CorpusArguments
 from training.personal import PersonalTrainingArguments
 from training.trainer import RecipeTrainingArguments
@@ -265,3 +266,12 @@ def test_a_flag_that_is_not_shown_still_counts(tmp_path):
         PersonalTrainingArguments, argv=["--output_dir", str(tmp_path), "--use_cpu", "--weight_decay", "0.5"]
     )
     assert arguments.weight_decay == 0.5
+
+
+@pytest.mark.parametrize(("level", "is_shown"), [("passive", True), ("warning", True), ("error", False)])
+def test_log_level_holds_for_this_project_s_notes_too(tmp_path, monkeypatch, caplog, level, is_shown):
+    for room in ROOMS:  # back to what they are when the test ends
+        monkeypatch.setattr(logging.getLogger(room), "level", logging.NOTSET)
+    parse_arguments(PersonalTrainingArguments, argv=["--output_dir", str(tmp_path), "--use_cpu", "--log_level", level])
+    logging.getLogger("data.utterances").warning("a note")
+    assert ("Runs as 1 process on cpu" in caplog.text) == ("a note" in caplog.text) == is_shown

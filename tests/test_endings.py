@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -12,7 +13,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from data.audio import read_audio
 from training.arguments import parse_arguments
 from training.endings import run_main
-from training.launch import run_recipe
+from training.launch import NO_SIDE_BARS, run_recipe
 from training.personal import PersonalTrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -95,3 +96,18 @@ def test_a_wrong_flag_ends_each_way_of_starting_a_recipe_with_its_line(capfd, mo
     with pytest.raises(SystemExit) as stop:
         run_recipe("transcribe", fils="a.wav")
     assert (stop.value.code, capfd.readouterr().err) == (1, line)
+
+
+def test_a_quiet_recipe_shows_its_own_progress_and_errors_alone(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "subprocess.run",
+        lambda command, **options: started.append((command, options)) or SimpleNamespace(returncode=0),
+    )
+    for is_quiet in (False, True):
+        run_recipe("personalize", is_quiet=is_quiet, seed=1)
+    (plain, plain_options), (quiet, quiet_options) = started
+    assert quiet == [*plain, "--log_level", "error"]
+    added = set(quiet_options["env"].items()) - set(plain_options["env"].items())
+    assert {name for name, _ in added} <= {*NO_SIDE_BARS, "PYTHONWARNINGS"}
+    assert NO_SIDE_BARS.items() <= quiet_options["env"].items()

@@ -18,6 +18,8 @@ from training.processes import choose_device, describe_processes, join_processes
 
 logger = logging.getLogger(__name__)
 
+# Whose loggers `--log_level` sets; a recipe's own is `__main__`.
+ROOMS = ("data", "inference", "modeling", "publishing", "training", "recipes", "__main__")
 NULL_TAG = "tag:yaml.org,2002:null"
 # Of the Trainer's flags, those that a recipe's `--help` shows: what most runs need.
 TRAINER_ESSENTIALS = {
@@ -140,9 +142,18 @@ def parse_arguments(*argument_types: type, argv: Sequence[str] | None = None) ->
         raise ValueError(f"Every value must follow a flag, got {unknown}. `--help` lists the flags.")
     state = join_processes()
     for training_args in arguments:
+        if isinstance(training_args, TrainingArguments):
+            set_log_level(training_args)
         if isinstance(training_args, TrainingArguments) and state.is_main_process:
             logger.warning("Runs as %s.", describe_processes(state, training_args.mixed_precision))
     return tuple(arguments)
+
+
+def set_log_level(training_args: TrainingArguments) -> None:
+    """Has this project heed `--log_level` too: with `error`, neither notes nor warnings are shown."""
+    level = logging.NOTSET if training_args.log_level == "passive" else training_args.get_process_log_level()
+    for room in ROOMS:
+        logging.getLogger(room).setLevel(level)
 
 
 def mark_files(tokens: Sequence[str], *, known: Sequence[str]) -> list[str]:

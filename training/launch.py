@@ -6,8 +6,13 @@ import sys
 
 import psutil
 
+# Progress of loading and preparing, which libraries draw beside a training's own.
+NO_SIDE_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
-def run_recipe(name: str, *, config: str | None = None, launcher: str = "cpu", **flags: object) -> None:
+
+def run_recipe(
+    name: str, *, config: str | None = None, launcher: str = "cpu", is_quiet: bool = False, **flags: object
+) -> None:
     """
     Runs `accelerate launch recipes/<name>.py` from the root of the repository; its output goes to the terminal.
 
@@ -15,6 +20,7 @@ def run_recipe(name: str, *, config: str | None = None, launcher: str = "cpu", *
         name: Recipe without ".py".
         config: Name of a YAML file in recipes/configs, without ".yaml".
         launcher: Name of a YAML file in accelerate_configs, without ".yaml".
+        is_quiet: Show the training's own progress bar, results and errors alone.
         flags: The recipe's flags; a list gives several values.
 
     Raises:
@@ -29,5 +35,9 @@ def run_recipe(name: str, *, config: str | None = None, launcher: str = "cpu", *
         command += ["--config", f"recipes/configs/{config}.yaml"]
     for flag, value in flags.items():
         command += [f"--{flag}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    if code := subprocess.run(command, check=False).returncode:
+    environment = {}
+    if is_quiet:
+        command += ["--log_level", "error"]
+        environment = NO_SIDE_BARS | {"PYTHONWARNINGS": "ignore"}
+    if code := subprocess.run(command, check=False, env=os.environ | environment).returncode:
         raise SystemExit(code)
