@@ -18,6 +18,7 @@ from data.corpora import load_corpus
 from modeling import DeepSpeech2Config, DeepSpeech2ForCTC, SpeechAdapterConfig
 from recipes import train_ctc
 from recipes.plan import Planner, find_available_bytes, find_recipe, list_recipes, main
+from tests.translation_models import write_translation_corpus
 from training.arguments import parse_arguments
 from training.corpus_arguments import CorpusArguments
 from training.frozen_part import CacheArguments, cache_frozen_part
@@ -145,6 +146,7 @@ def test_plan_runs_for_every_shipped_configuration(
         "personalize": ["--model_name_or_path", config_folder, "--speaker_id", "ann"],
         "train_ctc": [],
         "adapt_domain": ["--model_name_or_path", whisper_folder],
+        "train_s2st": ["--dataset", write_translation_corpus(tmp_path / "es"), "--eval_split", "test"],
         "train_audio_lm": [*sides, "--dataset", few_words, "--transcripts", few_words / "words.jsonl"],
     }[find_recipe(None, str(config))]
     file = tmp_path / "plan.json"
@@ -396,7 +398,7 @@ def test_steps_count_the_stacks_of_speakers():
 
 def test_recipe_must_be_one_that_can_be_planned():
     assert find_recipe("train_ctc", None) == "train_ctc"
-    with pytest.raises(ValueError, match="`recipe` must be one of adapt_domain, personalize, train_ctc, got demo"):
+    with pytest.raises(ValueError, match="`recipe` must be one of adapt_domain, personalize, .*train_s2st, got demo"):
         find_recipe("demo", None)
     with pytest.raises(ValueError, match="`recipe` must be one of .*, got None. Or give its `--config`"):
         find_recipe(None, None)
