@@ -101,7 +101,7 @@ def translate_with_echostream(
 def translate_with_whisper(name: str, corpus: Dataset) -> list[tuple[str, str]]:
     """Returns transcript and translation of each clip by a Whisper that knows several languages."""
     model = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(name)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     rows = []
     for audio in tqdm(corpus["audio"], desc=name, unit="clip"):
         features = processor(read_audio(audio), sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
@@ -150,7 +150,8 @@ def main() -> None:
     train_adapter(options, dataset, folder)
     systems = translate_with_echostream(options, dataset, folder)
     systems[Path(options.whisper).name] = translate_with_whisper(options.whisper, corpus)
-    normalize = find_score_normalizer(AutoProcessor.from_pretrained(options.whisper).tokenizer, "en")
+    processor = AutoProcessor.from_pretrained(options.whisper, trust_remote_code=False)
+    normalize = find_score_normalizer(processor.tokenizer, "en")
     rows = [
         {"system": name, "clips": len(said), **score_rows(said, corpus, normalize)} for name, said in systems.items()
     ]

@@ -36,7 +36,7 @@ def load_audio_chat(model_name_or_path: str) -> tuple[AudioLMForConditionalGener
     """
     model = AudioLMForConditionalGeneration.from_pretrained(model_name_or_path).to(PartialState().device)
     set_inference_mode(model)
-    return model, AutoProcessor.from_pretrained(model_name_or_path)
+    return model, AutoProcessor.from_pretrained(model_name_or_path, trust_remote_code=False)
 
 
 @torch.inference_mode()

@@ -13,26 +13,27 @@ chunks; a Whisper writes text with the times of segments, and has its own way th
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import modeling  # noqa: F401  (registers the models and the adapter)
 from data.audio import AudioError, AudioSource
-from data.domain_clips import decode_domain, list_cuts, split_long
-from data.domain_utterances import DomainUtterances
 from data.prompts import WhisperPrompt
 from data.score_text import find_score_normalizer
 from data.text import set_language
-from data.utterances import UtteranceDataset, decode_clips
-from inference.answering import check_language
 from inference.audio_models import load_model
 from inference.beam_search import BeamDecoder, DecodingArguments, build_decoder
 from inference.decoding import Transcript, find_samples_per_logit, iterate_transcripts, load_adapter, load_recognizer
 from inference.live_recognition import stream_transcripts
-from inference.scoring import evaluate_dataset, score_answers
 from inference.whisper import iterate_whisper
+
+if TYPE_CHECKING:  # recordings are transcribed where no package of a training is installed: what scores imports late
+    from datasets import Dataset
+
+    from data.domain_utterances import DomainUtterances
+    from data.utterances import UtteranceDataset
 
 WHISPER = "whisper"
 MAX_NEW_TOKENS = 224  # of a Whisper's answer: half of its positions, as in its long recordings
@@ -77,15 +78,19 @@ class CTCRecognizer:
             raise ValueError("`word_list` and `ngram` must be left out with `streaming`: a search needs what follows.")
         return stream_transcripts(self.model, self.processor, sources, **options)
 
-    def load_utterances(self, corpus: Dataset, *, concatenate: tuple[int, int] = (1, 1), seed: int = 0):
+    def load_utterances(self, corpus: "Dataset", *, concatenate: tuple[int, int] = (1, 1), seed: int = 0):
         """Returns the utterances of rows with transcripts, to be scored."""
+        from data.utterances import UtteranceDataset, decode_clips
+
         samples_per_logit = find_samples_per_logit(self.model, self.processor)
         options = {"is_joined": concatenate[1] > 1, "is_evaluation": True}
         clips = decode_clips(corpus, self.processor, samples_per_logit=samples_per_logit, **options)
         return UtteranceDataset(clips, self.processor, concatenate=concatenate, seed=seed)
 
-    def score(self, dataset: UtteranceDataset, *, batch_size: int) -> dict[str, dict]:
+    def score(self, dataset: "UtteranceDataset", *, batch_size: int) -> dict[str, dict]:
         """As [`evaluate_dataset`]."""
+        from inference.scoring import evaluate_dataset
+
         return evaluate_dataset(self.model, self.processor, dataset, batch_size=batch_size, decoder=self.decoder)
 
 
@@ -136,15 +141,20 @@ class WhisperRecognizer:
         """As [`iterate_whisper`]."""
         return iterate_whisper(self.model, self.prompt, sources, **options)
 
-    def load_utterances(self, corpus: Dataset, *, concatenate: tuple[int, int] = (1, 1), seed: int = 0):
+    def load_utterances(self, corpus: "Dataset", *, concatenate: tuple[int, int] = (1, 1), seed: int = 0):
         """Returns the utterances of rows with transcripts, cut to what the model hears at once, to be scored."""
+        from data.domain_clips import decode_domain, list_cuts, split_long
+        from data.domain_utterances import DomainUtterances
+
         clips = decode_domain(corpus, sampling_rate=self.sampling_rate)
         cuts = list_cuts(clips, max_samples=self.prompt.max_samples, sampling_rate=self.sampling_rate)
         options = {"max_samples": self.prompt.max_samples, "concatenate": concatenate, "seed": seed}
         return DomainUtterances(split_long(clips, cuts), **options)
 
-    def score(self, dataset: DomainUtterances, *, batch_size: int) -> dict[str, dict]:
+    def score(self, dataset: "DomainUtterances", *, batch_size: int) -> dict[str, dict]:
         """As [`score_answers`], figures and words of numbers the same."""
+        from inference.scoring import score_answers
+
         normalize = find_score_normalizer(self.prompt.tokenizer, self.language)
         options = {"batch_size": batch_size, "max_new_tokens": self.max_new_tokens}
         return score_answers(self.model, self.prompt, dataset, normalize=normalize, language=self.language, **options)
@@ -202,6 +212,8 @@ def open_recognizer(
         model, processor = load_recognizer(model_name_or_path, adapters, allow_base_mismatch=allow_base_mismatch)
         set_language(processor.tokenizer, language)
         return CTCRecognizer(model, processor)
+    from inference.answering import check_language
+
     prompt = WhisperPrompt(load_processor(model_name_or_path), language=language[0] if language else None)
     model = load_model(model_name_or_path, device_map={"": PartialState().device}).eval()
     check_language(model, prompt)

@@ -237,7 +237,7 @@ def test_the_folder_is_ready_for_the_hub_with_the_code_of_its_kind(adapt_domain)
     assert 'get_class_from_dynamic_module("adapters.SpeechAdapterConfig", "me/ldv")' in card
     assert 'WhisperForConditionalGeneration.from_pretrained("me/ldv")' in card
     assert "(report_gradients.png)" in card
-    assert {"adapters.py", "adapter_transformer.py", "domain_report.json", "report_gradients.png"} <= files.keys()
+    assert {"adapters.py", "adapter_blocks.py", "domain_report.json", "report_gradients.png"} <= files.keys()
     assert str(output_dir.parent) not in card
 
 

@@ -27,7 +27,7 @@ from recipes.train_ctc import main as train_ctc_main
 from training.trainer import RecipeTrainingArguments
 
 TOKEN = "hf_very_secret_token"
-ADAPTER_CODE = {"adapters.py", "adapter_files.py", "files.py"}
+ADAPTER_CODE = {"adapters.py", "adapter_config.py", "adapter_blocks.py", "adapter_layer.py", "adapter_loading.py"}
 
 
 def connect(patch: pytest.MonkeyPatch, hub: MiniHub) -> None:

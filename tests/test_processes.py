@@ -77,7 +77,7 @@ def test_a_training_says_what_it_runs_on(environment, tmp_path, caplog):
 
 
 def test_a_training_ends_when_its_launcher_is_ended(tmp_path):
-    script = tmp_path / "training.py"
+    script = tmp_path / "long_run.py"
     script.write_text(
         "import os, signal\nfrom training.processes import join_processes\n"
         "join_processes()\nprint(os.getpid(), flush=True)\nsignal.pause()\n"

@@ -61,4 +61,5 @@ def test_every_automatic_class_is_told_not_to_run_code():
         if "{" not in call and '"' not in call  # an example of a card
     ]
     assert len(calls) > 10
-    assert [call for call in calls if "trust_remote_code=False" not in call] == []
+    # Those with `**` pass on what their caller says.
+    assert [call for call in calls if "trust_remote_code=False" not in call and "**" not in call] == []

@@ -216,8 +216,8 @@ def make_planned_model(lm_args: AudioLMArguments, stage: Stage) -> PreTrainedMod
     else:
         layer = lm_args.encoder_layer
         config = AudioLMConfig(
-            audio_config=AutoConfig.from_pretrained(lm_args.encoder),
-            text_config=AutoConfig.from_pretrained(lm_args.language_model),
+            audio_config=AutoConfig.from_pretrained(lm_args.encoder, trust_remote_code=False),
+            text_config=AutoConfig.from_pretrained(lm_args.language_model, trust_remote_code=False),
             audio_token_id=0,
             projector_type=lm_args.projector_type,
             window_frames=lm_args.window_frames,

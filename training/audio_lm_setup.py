@@ -238,7 +238,7 @@ def load_audio_lm(
     device = PartialState().device
     if arguments.model_name_or_path is not None:
         model = AudioLMForConditionalGeneration.from_pretrained(arguments.model_name_or_path)
-        return model.to(device), AutoProcessor.from_pretrained(arguments.model_name_or_path)
+        return model.to(device), AutoProcessor.from_pretrained(arguments.model_name_or_path, trust_remote_code=False)
     layer = arguments.encoder_layer
     projector = {
         "projector_type": arguments.projector_type,

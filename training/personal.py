@@ -49,7 +49,7 @@ LORA_TARGETS = {
     # Its attention reads the weights of its linear maps and never calls them: LoRA on these does nothing.
     "wavlm": r".*\.feed_forward\.(intermediate|output)_dense",
     "emformer": r".*\.attention\.emb_to_(query|key_value)",
-    "deepspeech2": r"classifier\.\d+",
+    "deepspeech2": r"classifier\.1",
 }
 QUERIES_AND_VALUES = r".*\.(q|v)_proj"
 LORA, TRANSFORMER = "lora", "transformer"

@@ -410,7 +410,7 @@ def load_subwords(name: str, *, language: str | None) -> PreTrainedTokenizerBase
     """
     if name.endswith(MODEL_SUFFIX):
         return read_sentencepiece(name, language=language)
-    return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _load_own(checkpoint: TranslationCheckpoint | None, side: str) -> PreTrainedTokenizerBase | None:

@@ -1,5 +1,6 @@
 """A Trainer that saves, resumes and restores adapters alone, and never trains a frozen base by accident."""
 
+import inspect
 import math
 import os
 import time
@@ -315,6 +316,12 @@ class AdapterTrainer(Trainer):
         self.add_callback(DropoutCallback())
         self._runtime, self._scratch = RuntimeCallback(), None
         self.add_callback(self._runtime)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Columns of a data set are those that the model in the objective takes, whose own `forward` takes any."""
+        if self._signature_columns is None:
+            names = inspect.signature(self.objective.adapted_model.forward).parameters
+            self._signature_columns = list({*names, "label", "label_ids", *self.label_names})
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """

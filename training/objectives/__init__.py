@@ -101,3 +101,7 @@ class Objective(nn.Module):
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
         """As of the model, for the Trainer."""
         self.adapted_model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
+        """Likewise; transformers has given it this name."""
+        self.adapted_model.activation_checkpointing_enable(*args, **kwargs)
