@@ -361,7 +361,7 @@ def test_readme_commands_push_what_the_readme_example_loads(hub, trained, small_
     monkeypatch.chdir(tmp_path)
     download_from(monkeypatch, hub, tmp_path / "cache")
     for tokens in find_commands("python recipes/push.py"):
-        main(tokens[3:])
+        main(tokens[2:])
     example = {}
     exec(find_example("me/whisperer"), example)
     assert find_active_adapters(example["model"]) == ["default"]
