@@ -85,24 +85,8 @@ def train_stages(
     data = StageData(lm_args, data_args, processor, batch_size=batch_size, seed=training_args.seed)
 
     # Data, trainer and training of each stage
-    results: dict[str, object] = {"stages": []}
-    for number, stage in enumerate(stages, start=1):
-        enter_stage(model, stage, lm_args)
-        trained = list_trainable(model)
-        collator = (TranscriptCollator if stage.objective == "align" else ConversationCollator)(processor)
-        has_evaluation = training_args.eval_strategy != "no" and stage.objective == "answer"
-        metrics = train_stage(
-            model,
-            stage,
-            number=number,
-            train_dataset=data.prepare(model, stage, data_args.train_split),
-            eval_dataset=data.prepare(model, stage, data_args.eval_split) if has_evaluation else None,
-            collator=collator,
-            arguments=training_args,
-            processor=processor,
-        )
-        padding = {"padding": collator.padding} if stage.objective == "answer" else {}
-        results["stages"].append({**describe_stage(stage), "trainable": trained, **padding, **metrics})
+    notes = [train_numbered(number, stage, model, data, training_args) for number, stage in enumerate(stages, start=1)]
+    results: dict[str, object] = {"stages": notes}
 
     # Save
     results |= summarize_stages(
@@ -125,6 +109,30 @@ def train_stages(
     # Push
     if hub_target:
         print(push_folder(output_dir, hub_target))
+
+
+def train_numbered(
+    number: int, stage: Stage, model: nn.Module, data: StageData, training_args: AudioLMTrainingArguments
+) -> dict[str, object]:
+    """Trains one stage, and returns what results hold of it."""
+    enter_stage(model, stage, data.arguments)
+    trained = list_trainable(model)
+    is_align = stage.objective == "align"
+    collator = (TranscriptCollator if is_align else ConversationCollator)(data.processor)
+    has_evaluation = training_args.eval_strategy != "no" and not is_align
+    metrics = train_stage(
+        model,
+        stage,
+        number=number,
+        train_dataset=data.prepare(model, stage, data.data.train_split),
+        eval_dataset=data.prepare(model, stage, data.data.eval_split) if has_evaluation else None,
+        collator=collator,
+        arguments=training_args,
+        processor=data.processor,
+    )
+    was_trained = not is_align and collator.num_cells  # and not taken from an earlier run
+    padding = {"padding": collator.padding} if was_trained else {}
+    return {**describe_stage(stage), "trainable": trained, **padding, **metrics}
 
 
 if __name__ == "__main__":
