@@ -70,7 +70,11 @@ def find_rows(text: str, first: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in rows}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.json")))
+# The curve of a training was stored by the recipe's own log, and not by a benchmark.
+CURVES = {"train_s2st_es"}
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in RESULTS.glob("*.json")} - CURVES))
 def test_a_stored_table_is_that_of_the_stored_rows(name):
     assert read_table(name).startswith(SUMMARIES[name](read_rows(name)) + "\n\nprocessor ")
 
