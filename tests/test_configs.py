@@ -17,6 +17,7 @@ TINY_TRANSLATOR = ("--model_fields", *TINY_FIELDS, "--vocab_size", 60, "--eval_s
 # The recipe of each file, the base of its run, and what makes the run small.
 RUNS = {
     "train_ctc_fsdd": (train_ctc, None, TINY_RECOGNIZER),
+    "train_ctc_emformer": (train_ctc, None, TINY_RECOGNIZER),
     "train_ctc_synthetic": (train_ctc, None, TINY_RECOGNIZER),
     "personalize_fsdd": (personalize, "small", ("--speaker_id", "ann", "--max_steps", 1)),
     "personalize_synthetic": (personalize, "small", ("--speaker_id", "ann", "ben", "--max_steps", 1)),
