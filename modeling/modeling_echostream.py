@@ -26,7 +26,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import (
 )
 from transformers.utils import ModelOutput
 
-from .adapters import SpeechAdapterMixin, is_adapter_parameter
+from .adapters import SpeechAdapterMixin
 from .configuration_echostream import EchoStreamConfig
 from .ctc import beam_search_ctc, check_classes, collapse_ctc, ctc_loss_of_fitting
 from .modeling_emformer import EmformerModel
@@ -533,28 +533,6 @@ class EchoStreamForSpeechToSpeechTranslation(EchoStreamPreTrainedModel, Generati
     def reset_cache(self) -> None:
         """Forgets the streams that [`encode_segment`] has heard."""
         self._stream = None
-
-    def freeze_base_model(self) -> None:
-        """Leaves only the adapters' parameters trainable."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_adapter_parameter(name))
-
-    def unfreeze_base_model(self) -> None:
-        """Makes every parameter trainable, the base's and the adapters'."""
-        self.requires_grad_(True)
-
-    def count_parameters(self, trainable_only: bool = False) -> dict[str, int]:
-        """
-        Returns the numbers of parameters as `{"total", "base", "adapter"}`.
-
-        Args:
-            trainable_only: Count only parameters that require a gradient.
-        """
-        counts = {"base": 0, "adapter": 0}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad or not trainable_only:
-                counts["adapter" if is_adapter_parameter(name) else "base"] += parameter.numel()
-        return {"total": sum(counts.values()), **counts}
 
     def count_parts(self) -> dict[str, int]:
         """Returns the number of parameters of each part by name, such as `mt_decoder`."""

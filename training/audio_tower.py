@@ -5,7 +5,6 @@ Whisper      model.encoder       after its last norm                  the decode
 Qwen2-Audio  model.audio_tower   before model.multi_modal_projector   the projector and the language model
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -20,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from inference.audio_models import find_family, find_tower
 from modeling.adapter_layer import SpeechAdapterLayer
 from modeling.adapters import adapters_off
+from modeling.audio_encoders import quiet_load_report
 
 
 def load_tower_alone(model_name_or_path: str, *, dtype: str = "auto") -> PreTrainedModel:
@@ -38,7 +38,7 @@ def load_tower_alone(model_name_or_path: str, *, dtype: str = "auto") -> PreTrai
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     family = find_family(config)
     tower_config = getattr(config, "audio_config", config)
-    with _without_load_report():
+    with quiet_load_report():
         # Only tensors with a name in the tower are read: the others stay on the disk.
         tower, report = family.tower_class.from_pretrained(
             model_name_or_path,
@@ -58,18 +58,6 @@ def load_tower_alone(model_name_or_path: str, *, dtype: str = "auto") -> PreTrai
     setattr(model.get_submodule(parent), name, tower)
     model.name_or_path = model_name_or_path
     return model.requires_grad_(False).eval()
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """transformers warns of every tensor that is left on the disk; that is what is wanted here."""
-    report = logging.getLogger("transformers")
-    level = report.level
-    report.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        report.setLevel(level)
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, adapter_name: str) -> None:
